@@ -1,0 +1,1 @@
+"""Tally: usage events in, invoice lines out, every line proved."""

@@ -1,0 +1,293 @@
+"""How a batch becomes rows, invoice lines and positions: one transaction, in numbered steps.
+
+A process may die after any step. Before step 7 nothing has happened; after it everything has, positions included, so
+the next reader goes on behind the batch (law 7b).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from json import JSONEncoder
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from psycopg import Connection
+from psycopg.errors import Error
+
+from pipeline.billing.intake import Batch, Place, Poison, RatedMessage
+from pipeline.billing.lines import Line, LineKey, Lines, merge_references
+from pipeline.billing.rated import Head
+from pipeline.billing.receipts import Receipt, write_receipts, write_sequences
+from pipeline.billing.unrated import write_letters, write_resolutions
+from pipeline.core.periods import to_datetime
+from pipeline.infra.topics import Topics
+
+
+class Step(IntEnum):
+    """Steps of ``commit``; each is reached when its work is done."""
+
+    POSITIONS_MOVED = 1
+    LINES_LOCKED = 2
+    ROWS_STAGED = 3
+    ROWS_BILLED = 4
+    EVENTS_ACCOUNTED = 5
+    REST_QUARANTINED = 6
+    COMMITTED = 7
+    OFFSETS_COMMITTED = 8  # by the sink: Kafka's copy of the positions, for lag tools
+
+
+#: Told of every step; what a test hooks into.
+Reached: TypeAlias = Callable[[Step], None]
+
+
+class PositionTaken(Exception):
+    """A stored position is not where this consumer left it: another sink reads the partition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a commit did, for the metrics."""
+
+    billed: int
+    quarantined: Counter[str]  # by reason
+
+
+def prepare(connection: "Connection[Any]") -> None:
+    """Make the connection ready for ``commit``: its staging table."""
+    connection.execute("CREATE TEMPORARY TABLE staged (LIKE billing.rated_usage) ON COMMIT DELETE ROWS")
+
+
+def commit(connection: "Connection[Any]", batch: Batch, lines: Lines, topics: Topics, reached: Reached) -> Written:
+    """Write a batch, all of it or nothing. The connection is in autocommit and prepared; month partitions exist.
+
+    1. Move every position by compare-and-set.
+    2. Find or create lines; lock their invoices in id order, keep the rows of open ones.
+    3. COPY these rows into the staging table.
+    4. Insert them ON CONFLICT DO NOTHING; add what was inserted, and only that, to the lines.
+    5. Write receipts, sequence numbers, letters and resolutions.
+    6. Quarantine the rest with its bytes: already billed, period closed, undecodable, already receipted.
+    7. Commit.
+
+    Raises PositionTaken when another sink moved a position first, psycopg.Error when Postgres fails; either way
+    nothing is written and ``lines`` is forgotten.
+    """
+    try:
+        with connection.transaction():
+            # Step 1.
+            _move_positions(connection, batch.moves)
+            reached(Step.POSITIONS_MOVED)
+            # Step 2.
+            keys = {(message.row.head.account, message.row.terms) for message in batch.rated}
+            open_lines = lines.lock(connection, keys) if keys else {}
+            rows, closed = _split(batch.rated, open_lines)
+            reached(Step.LINES_LOCKED)
+            # Step 3.
+            _stage(connection, rows)
+            reached(Step.ROWS_STAGED)
+            # Step 4.
+            conflicts = _bill(connection, rows)
+            reached(Step.ROWS_BILLED)
+            # Step 5.
+            repeated = write_receipts(connection, batch.receipts)
+            write_sequences(connection, batch.receipts)
+            write_letters(connection, batch.letters)
+            write_resolutions(connection, batch.resolutions)
+            reached(Step.EVENTS_ACCOUNTED)
+            # Step 6.
+            quarantined = [
+                *(_refused_row("already_billed", message, topics) for message in conflicts),
+                *(_refused_row("period_closed", message, topics) for message in closed),
+                *(_refused("already_receipted", topics.receipts, receipt) for receipt in repeated),
+                *(_refused("undecodable", poison.topic, poison) for poison in batch.poison),
+            ]
+            _quarantine(connection, quarantined)
+            reached(Step.REST_QUARANTINED)
+            # Step 7.
+        reached(Step.COMMITTED)
+    except (Error, PositionTaken):
+        lines.forget()
+        raise
+    return Written(len(rows) - len(conflicts), Counter(reason for reason, *_ in quarantined))
+
+
+# -- positions
+
+_MOVE_POSITIONS = """
+UPDATE billing.sink_position AS stored SET next_offset = moved.following
+FROM unnest(%s::text[], %s::integer[], %s::bigint[], %s::bigint[]) AS moved (topic, partition, expected, following)
+WHERE stored.topic = moved.topic AND stored.partition = moved.partition AND stored.next_offset = moved.expected
+RETURNING stored.topic, stored.partition
+"""
+
+
+def _move_positions(connection: "Connection[Any]", moves: dict[Place, tuple[int, int]]) -> None:
+    places = list(moves)
+    columns: list[list[object]] = [
+        [topic for topic, _ in places],
+        [partition for _, partition in places],
+        [expected for expected, _ in moves.values()],
+        [following for _, following in moves.values()],
+    ]
+    moved = set(connection.execute(_MOVE_POSITIONS, columns).fetchall())
+    if len(moved) < len(places):
+        topic, partition = next(place for place in places if place not in moved)
+        raise PositionTaken(f"{topic} {partition} is no longer at {moves[topic, partition][0]}: another sink reads it")
+
+
+# -- rows
+
+#: A row whose invoice is open, and its line.
+_OpenRow: TypeAlias = tuple[RatedMessage, Line]
+
+
+def _split(rated: list[RatedMessage], lines: dict[LineKey, Line]) -> tuple[list[_OpenRow], list[RatedMessage]]:
+    """Rows with their open lines, and rows that have none."""
+    found = lines.get
+    paired = [(message, found((message.row.head.account, message.row.terms))) for message in rated]
+    rows = [(message, line) for message, line in paired if line is not None]
+    if len(rows) == len(paired):
+        return rows, []
+    return rows, [message for message, line in paired if line is None]
+
+
+# In the order of the text that _text_of_event, _staged and the row's own part make.
+_COLUMNS = (
+    "event_month, identity, origin_offset, sequence, catalog_offset, event_time, appended_at, origin_partition, "
+    "account, idempotency_key, event_type, subject, source, properties, "
+    "line_id, charge, cell, "
+    "rated_partition, rated_offset, entry, kind, late, quantity, quantity_before, quantity_after, amount"
+)
+_COPY = f"COPY pg_temp.staged ({_COLUMNS}) FROM STDIN"
+#: Rows written to the server at a time: it parses one part while the next is made.
+_COPY_ROWS = 1000
+
+
+def _stage(connection: "Connection[Any]", rows: list[_OpenRow]) -> None:
+    if not rows:
+        return
+    with connection.cursor() as cursor, cursor.copy(_COPY) as copy:
+        for part in _staged(rows):
+            copy.write(part)
+
+
+def _staged(rows: list[_OpenRow]) -> Iterator[str]:
+    """Rows in COPY's text format. An event's part is made once for its rows, which come one after another."""
+    part: list[str] = []
+    lines: dict[int, str] = {}
+    last: Head | None = None
+    event = ""
+    for (partition, offset, row, _), line in rows:
+        head, terms, entry, kind, quantity, before, after, amount, late = row
+        if head is not last:
+            last, event = head, _text_of_event(head)
+        if (line_text := lines.get(line.id)) is None:
+            line_text = lines[line.id] = f"{line.id}\t{_escaped(terms.charge)}\t{_escaped(terms.cell)}"
+        # 12e-9 is exact to PostgreSQL: a numeric is read digit by digit.
+        part.append(
+            f"{event}\t{line_text}\t{partition}\t{offset}\t{entry}\t{kind}\t{late}\t"
+            f"{quantity}e-9\t{before}e-9\t{after}e-9\t{amount}e-12\n"
+        )
+        if len(part) == _COPY_ROWS:
+            yield "".join(part)
+            part.clear()
+    yield "".join(part)
+
+
+_to_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _text_of_event(head: Head) -> str:
+    at = to_datetime(head.timestamp_us).isoformat()
+    appended_at = to_datetime(head.origin_appended_ms * 1000).isoformat()
+    texts = (head.account, head.idempotency_key, head.event_type, head.subject, head.source, _to_json(head.properties))
+    return (
+        f"{at[:7]}-01\t{head.identity.hex()}\t{head.origin_offset}\t{head.sequence}\t{head.catalog_offset}\t"
+        f"{at}\t{appended_at}\t{head.origin_partition}\t" + "\t".join(map(_escaped, texts))
+    )
+
+
+def _escaped(text: str) -> str:
+    """Text as COPY reads it: backslash, tab and the line ends stand escaped."""
+    if "\\" in text or not text.isprintable():
+        return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return text
+
+
+_BILL = f"""
+WITH inserted AS (
+    INSERT INTO billing.rated_usage ({_COLUMNS}) SELECT {_COLUMNS} FROM pg_temp.staged
+    ON CONFLICT DO NOTHING
+    RETURNING line_id, quantity, amount, kind, late, event_time
+), sums AS (
+    SELECT line_id, count(*) AS rows, sum(quantity) AS quantity, sum(amount) AS amount,
+        count(*) FILTER (WHERE kind = 'usage') AS events,
+        count(*) FILTER (WHERE kind = 'usage' AND late) AS late_events,
+        min(event_time) AS first_event_at, max(event_time) AS last_event_at
+    FROM inserted GROUP BY line_id
+), moved AS (
+    UPDATE billing.invoice_line AS line SET
+        quantity = line.quantity + sums.quantity,
+        amount = line.amount + sums.amount,
+        events = line.events + sums.events,
+        late_events = line.late_events + sums.late_events,
+        first_event_at = least(line.first_event_at, sums.first_event_at),
+        last_event_at = greatest(line.last_event_at, sums.last_event_at),
+        updated_at = now()
+    FROM sums WHERE line.id = sums.line_id
+    RETURNING sums.rows
+)
+SELECT coalesce(sum(rows), 0)::bigint FROM moved
+"""
+
+# What was staged and is not there from this very message was there before it.
+_CONFLICTS = """
+SELECT staged.rated_partition, staged.rated_offset
+FROM pg_temp.staged LEFT JOIN billing.rated_usage AS billed
+    ON (billed.event_month, billed.identity, billed.charge, billed.cell, billed.entry)
+        = (staged.event_month, staged.identity, staged.charge, staged.cell, staged.entry)
+    AND (billed.rated_partition, billed.rated_offset) = (staged.rated_partition, staged.rated_offset)
+WHERE billed.identity IS NULL
+"""
+
+
+def _bill(connection: "Connection[Any]", rows: list[_OpenRow]) -> list[RatedMessage]:
+    """Insert the staged rows and add them to their lines; return those that were billed before."""
+    if not rows:
+        return []
+    # Planned anew each time: a plan kept from when the lines were few would scan them all.
+    inserted = connection.execute(_BILL, prepare=False).fetchone()
+    conflicts: list[RatedMessage] = []
+    if inserted != (len(rows),):
+        places = set(connection.execute(_CONFLICTS, prepare=False).fetchall())
+        conflicts = [message for message, _ in rows if (message.partition, message.offset) in places]
+        rows = [pair for pair in rows if (pair[0].partition, pair[0].offset) not in places]
+    merge_references(connection, ((line, message.row) for message, line in rows if line.references))
+    return conflicts
+
+
+# -- quarantine
+
+_QUARANTINE = """
+INSERT INTO billing.quarantine (
+    reason, rated_topic, rated_partition, rated_offset, account, identity, charge, value
+) VALUES (%s, %s, %s, %s, %s, %s, %s, %b)
+"""
+_Refused: TypeAlias = tuple[str, str, int, int, str | None, UUID | None, str | None, bytes]
+
+
+def _refused_row(reason: str, message: RatedMessage, topics: Topics) -> _Refused:
+    head, terms = message.row.head, message.row.terms
+    place = (reason, topics.rated, message.partition, message.offset)
+    return (*place, head.account, UUID(bytes=head.identity), terms.charge, message.value)
+
+
+def _refused(reason: str, topic: str, message: Poison | Receipt) -> _Refused:
+    place = (reason, topic, message.partition, message.offset)
+    return (*place, None, None, None, message.value)
+
+
+def _quarantine(connection: "Connection[Any]", refused: list[_Refused]) -> None:
+    if refused:
+        with connection.cursor() as cursor:
+            cursor.executemany(_QUARANTINE, refused)

@@ -1,0 +1,150 @@
+"""What the sink read, decoded: rows, receipts, letters, and what could not be read."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import fastavro
+from confluent_kafka import Message
+from fastavro.types import Schema
+
+from pipeline.billing.rated import Malformed, Row, reader
+from pipeline.billing.receipts import Receipt
+from pipeline.billing.unrated import Letter, Resolution
+from pipeline.core.periods import to_datetime
+from pipeline.infra.avro import DEAD_LETTER, FRAME_BYTES, RECEIPTS, Record, Schemas, frame
+from pipeline.infra.topics import Topics
+
+#: A topic and a partition of it.
+Place: TypeAlias = tuple[str, int]
+
+
+class RatedMessage(NamedTuple):
+    """A rated row, where it stood, and its framed bytes."""
+
+    partition: int
+    offset: int
+    row: Row
+    value: bytes
+
+
+class Poison(NamedTuple):
+    """A message that is no record of its topic, and what was expected instead."""
+
+    topic: str
+    partition: int
+    offset: int
+    value: bytes
+    problem: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """Messages of one fetch, decoded, and how far each position moves: from the stored one to the one after the last."""
+
+    moves: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    rated: list[RatedMessage] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
+    resolutions: list[Resolution] = field(default_factory=list)
+    poison: list[Poison] = field(default_factory=list)
+
+
+class Intake:
+    """Decodes messages. Holds the memory of the rated reader, so one per consumer."""
+
+    def __init__(self, topics: Topics, schemas: Schemas) -> None:
+        self._topics = topics
+        self._read_rated = reader(schemas).read
+        self._receipts = PlainReader(schemas, RECEIPTS)
+        self._letters = PlainReader(schemas, DEAD_LETTER)
+
+    def sort(self, messages: Sequence[Message], positions: dict[Place, int]) -> Batch:
+        """Decode messages that come in offset order per partition, none of them an error.
+
+        ``positions`` holds the next offset of every partition read. What lies below is written already and left out.
+        """
+        batch = Batch()
+        rated_topic, read_rated, keep = self._topics.rated, self._read_rated, batch.rated.append
+        following: dict[Place, int] = {}
+        for message in messages:
+            topic, partition, offset = (
+                cast(str, message.topic()),
+                cast(int, message.partition()),
+                cast(int, message.offset()),
+            )
+            if offset < positions[topic, partition]:
+                continue
+            following[topic, partition] = offset + 1
+            value = cast("bytes | None", message.value()) or b""
+            try:
+                if topic == rated_topic:
+                    keep(RatedMessage(partition, offset, read_rated(value), value))
+                elif topic == self._topics.receipts:
+                    self._add_receipt(batch, message, value)
+                else:
+                    dead = topic == self._topics.dead_letter
+                    batch.letters.append(Letter(topic, partition, offset, self._letters.read(value), dead))
+            except Malformed as error:
+                batch.poison.append(Poison(topic, partition, offset, value, str(error)))
+        batch.moves = {place: (positions[place], offset) for place, offset in following.items()}
+        return batch
+
+    def _add_receipt(self, batch: Batch, message: Message, value: bytes) -> None:
+        record = self._receipts.read(value)
+        latest_us = record["latest_event_at"]
+        record["latest_event_at"] = None if latest_us is None else _instant(latest_us)
+        committed_at = _instant(message.timestamp()[1] * 1000)
+        place = cast(str, message.topic()), cast(int, message.partition()), cast(int, message.offset())
+        batch.receipts.append(Receipt(*place, value, record, committed_at))
+        batch.resolutions += (
+            Resolution(self._topics.events, one["origin_partition"], one["origin_offset"], one["outcome"])
+            for one in record["resolutions"]
+        )
+
+
+class PlainReader:
+    """Reads framed records of one subject with times as plain integers.
+
+    Events are dead-lettered for times that no calendar holds; reading their letters must not fail over it.
+    """
+
+    def __init__(self, schemas: Schemas, subject: str) -> None:
+        versions = [version for version in schemas.versions if version.subject == subject]
+        self._subject = subject
+        self._parsed: dict[bytes, Schema] = {
+            frame(version.id): fastavro.parse_schema(_without_logical_types(json.loads(version.text())))
+            for version in versions
+        }
+
+    def read(self, data: bytes) -> Record:
+        """The record of one message. Raises Malformed, saying what was expected and what came."""
+        schema = self._parsed.get(data[:FRAME_BYTES])
+        if schema is None:
+            raise Malformed(f"expected the frame of {self._subject}, got {data[:FRAME_BYTES].hex() or 'nothing'}")
+        body = io.BytesIO(data[FRAME_BYTES:])
+        try:
+            record = fastavro.schemaless_reader(body, schema, None)
+        except (EOFError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise Malformed(f"expected a record of {self._subject}, got bytes that do not decode: {error!r}") from error
+        if left := len(data) - FRAME_BYTES - body.tell():
+            raise Malformed(f"{left} bytes left over after a record of {self._subject}")
+        return cast(Record, record)
+
+
+def _without_logical_types(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {name: _without_logical_types(part) for name, part in schema.items() if name != "logicalType"}
+    if isinstance(schema, list):
+        return [_without_logical_types(part) for part in schema]
+    return schema
+
+
+def _instant(at_us: int) -> datetime:
+    try:
+        return to_datetime(at_us)
+    except OverflowError:
+        raise Malformed(f"expected a time in the years 1 to 9999, got {at_us} microseconds since 1970") from None

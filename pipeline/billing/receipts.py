@@ -1,0 +1,68 @@
+"""Receipts into Postgres: what each rater transaction covered, which sequence numbers came, what became of parked events."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+
+from pipeline.infra.avro import Record
+
+SEQUENCE_BLOCK = 1000
+
+
+class Receipt(NamedTuple):
+    """A BatchReceipt as read, where it stood, and when it was committed there."""
+
+    topic: str
+    partition: int
+    offset: int
+    value: bytes
+    record: Record
+    committed_at: datetime
+
+
+_INSERT = """
+INSERT INTO billing.receipt (
+    topic, partition, first_offset, next_offset, catalog_offset, records, rated, duplicates, parked, dead_lettered,
+    rated_rows, latest_event_at, worker, generation, committed_at
+) VALUES (
+    %(topic)s, %(partition)s, %(first_offset)s, %(next_offset)s, %(catalog_offset)s, %(records)s, %(rated)s,
+    %(duplicates)s, %(parked)s, %(dead_lettered)s, %(rated_rows)s, %(latest_event_at)s, %(worker)s, %(generation)s,
+    %(committed_at)s
+) ON CONFLICT DO NOTHING RETURNING first_offset
+"""
+
+# Sources spread over all partitions, so two sinks write the same blocks: always in key order.
+_MERGE_SEQUENCES = """
+INSERT INTO billing.source_sequence AS stored (source, block, bits) VALUES (%s, %s, %s::bit(1000))
+ON CONFLICT (source, block) DO UPDATE SET bits = stored.bits | EXCLUDED.bits, updated_at = now()
+"""
+
+
+def write_receipts(connection: "Connection[Any]", receipts: Iterable[Receipt]) -> list[Receipt]:
+    """Insert receipts; return those whose first offset another receipt had already covered, which are left out."""
+    repeated = []
+    with connection.cursor() as cursor:
+        for receipt in receipts:
+            cursor.execute(_INSERT, receipt.record | {"committed_at": receipt.committed_at})
+            if cursor.fetchone() is None:
+                repeated.append(receipt)
+    return repeated
+
+
+def write_sequences(connection: "Connection[Any]", receipts: Iterable[Receipt]) -> None:
+    """OR the receipts' bit maps of arrived sequence numbers into the stored ones."""
+    blocks: dict[tuple[str, int], int] = {}
+    for receipt in receipts:
+        for one in receipt.record["sequences"]:
+            key = (one["source"], one["block"])
+            blocks[key] = blocks.get(key, 0) | int.from_bytes(one["bits"], "little")
+    if blocks:
+        with connection.cursor() as cursor:
+            cursor.executemany(_MERGE_SEQUENCES, [(*key, bit_text(blocks[key])) for key in sorted(blocks)])
+
+
+def bit_text(bits: int) -> str:
+    """The bit map as PostgreSQL writes it: bit 0 first, 1,000 digits."""
+    return f"{bits:0{SEQUENCE_BLOCK}b}"[::-1]

@@ -1,0 +1,339 @@
+"""The sink: rated usage, receipts and letters from Kafka into PostgreSQL, each exactly once.
+
+A consumer group shares the partitions out; where to read on is PostgreSQL's word alone (``billing.sink_position``),
+moved in the transaction that writes the rows (``pipeline.billing.commit``). Kafka's committed offsets are a copy for lag
+tools. Whatever goes wrong with a batch, the answer is one: drop it, leave the group, come back, and read on from the
+table.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from typing import Any, cast
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from psycopg import Connection, OperationalError, errors
+
+from pipeline.billing.commit import PositionTaken, Reached, Step, commit, prepare
+from pipeline.billing.intake import Batch, Intake, Place
+from pipeline.billing.lines import Lines
+from pipeline.billing.months import ensure_months, next_month
+from pipeline.core.periods import to_datetime
+from pipeline.infra import metrics
+from pipeline.infra.avro import Schemas, load_schemas
+from pipeline.infra.logs import get_logger
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import Topics
+
+#: Most messages in one transaction. Beyond some thousands the fixed cost of a transaction (about 10 ms) no longer shows.
+BATCH_MESSAGES = 10_000
+#: Bytes of messages after which a batch is closed: bounds memory where events are large.
+BATCH_BYTES = 32 * 1024 * 1024
+#: Longest wait for a batch to fill, seconds: what the sink adds to the way of an event at a low rate.
+BATCH_WAIT_S = 0.1
+#: Messages asked of the consumer at a time.
+_FETCH_MESSAGES = 2_000
+#: Wait before coming back after a failure, seconds: doubled each time up to the longest.
+_BACKOFF_FIRST_S, _BACKOFF_LONGEST_S = 0.2, 10.0
+#: Longest wait for one answer of the broker, seconds.
+_BROKER_ANSWER_S = 10.0
+#: Time between two looks at the lag, seconds.
+_LAG_EVERY_S = 5.0
+
+log = get_logger(__name__)
+
+
+class LogTruncated(Exception):
+    """A partition's log does not hold the stored position: records that were never written to Postgres are gone."""
+
+
+def run(settings: Settings, stop: threading.Event, *, reached: Reached | None = None) -> None:
+    """Write until ``stop`` is set; waits with back-off while Kafka or PostgreSQL is away, and says so once.
+
+    ``reached`` is told of every step of a commit. Raises LogTruncated when retention or a new topic has taken records
+    that were not written yet; KafkaException when the broker refuses for good (authorization, no such topic);
+    psycopg.Error for anything but an absent or overloaded server. These need a person.
+    """
+    sink = _Sink(settings, stop, reached or (lambda _: None))
+    backoff, away = _BACKOFF_FIRST_S, ""
+    while not stop.is_set():
+        committed = sink.batches
+        try:
+            if away:
+                # Ask before joining: a member that cannot write only costs the group rebalances.
+                connect(settings.dsn, application="sink").close()
+                log.info("back", service=away)
+                away = ""
+            sink.session()
+            return
+        except PositionTaken as error:
+            log.warning("position taken", problem=str(error), then="rejoins and reads on from the stored positions")
+        except (OperationalError, KafkaException) as error:
+            service = _absent(error)
+            if service is None:
+                raise
+            if not away:
+                log.warning("away", service=service, problem=str(error).strip(), then="waits and comes back")
+            away = service
+        if sink.batches > committed:
+            backoff = _BACKOFF_FIRST_S
+        stop.wait(backoff)
+        backoff = min(backoff * 2, _BACKOFF_LONGEST_S)
+
+
+class _Sink:
+    """One consumer after another, each with a database connection of its own."""
+
+    def __init__(self, settings: Settings, stop: threading.Event, reached: Reached) -> None:
+        self.batches = 0
+        self._settings = settings
+        self._stop = stop
+        self._reached = reached
+        self._topics = Topics(settings.topic_prefix)
+        self._schemas: Schemas = load_schemas(settings.registry_url)
+        self._months: set[date] = set()
+        self._positions: dict[Place, int] = {}
+        self._kafka_away = False
+
+    def session(self) -> None:
+        """Join the group and write until stopped. Raises what ends it; nothing of an unfinished batch stays."""
+        topics = self._topics
+        with connect(self._settings.dsn, application="sink", autocommit=True) as connection:
+            prepare(connection)
+            intake, lines = Intake(topics, self._schemas), Lines()
+            self._ahead(connection)
+            consumer = Consumer(_consumer_config(self._settings, self._on_error))
+            try:
+                consumer.subscribe(
+                    [topics.rated, topics.receipts, topics.retry, topics.dead_letter],
+                    on_assign=lambda _, partitions: self._assigned(consumer, connection, partitions),
+                    on_revoke=lambda _, partitions: self._revoked(partitions),
+                    on_lost=lambda _, partitions: self._revoked(partitions),
+                )
+                look_at_lag = time.monotonic()
+                while not self._stop.is_set():
+                    messages = self._fetch(consumer)
+                    if messages:
+                        self._write(connection, intake.sort(messages, self._positions), lines, consumer)
+                    elif self._kafka_away:
+                        self._look_for_kafka(consumer)
+                    if time.monotonic() >= look_at_lag:
+                        self._show_lag(consumer)
+                        look_at_lag = time.monotonic() + _LAG_EVERY_S
+            finally:
+                self._revoked([TopicPartition(*place) for place in self._positions])
+                consumer.close()
+
+    def _write(self, connection: "Connection[Any]", batch: Batch, lines: Lines, consumer: Consumer) -> None:
+        if not batch.moves:
+            return
+        for poison in batch.poison:
+            log.error(
+                "undecodable",
+                topic=poison.topic,
+                partition=poison.partition,
+                offset=poison.offset,
+                problem=poison.problem,
+                then="stands in billing.quarantine with its bytes",
+            )
+        self._ensure_months(connection, batch)
+        with metrics.SINK_COMMIT.time():
+            written = commit(connection, batch, lines, self._topics, self._reached)
+        for (topic, partition), (_, following) in batch.moves.items():
+            self._positions[topic, partition] = following
+            metrics.SINK_POSITION.labels(topic, partition).set(following)
+        self.batches += 1
+        metrics.SINK_BATCHES.inc()
+        metrics.SINK_ROWS.inc(written.billed)
+        for reason, count in written.quarantined.items():
+            metrics.SINK_QUARANTINED.labels(reason).inc(count)
+        consumer.commit(
+            offsets=[TopicPartition(*place, following) for place, (_, following) in batch.moves.items()],
+            asynchronous=True,
+        )
+        self._reached(Step.OFFSETS_COMMITTED)
+
+    # -- reading
+
+    def _fetch(self, consumer: Consumer) -> list[Message]:
+        """Messages without errors, as many as come within the wait; none of them read before the stored position."""
+        messages: list[Message] = []
+        size = 0
+        until = time.monotonic() + BATCH_WAIT_S
+        while len(messages) < BATCH_MESSAGES and size < BATCH_BYTES and (left := until - time.monotonic()) > 0:
+            for message in consumer.consume(_FETCH_MESSAGES, left):
+                if (error := message.error()) is not None:
+                    self._on_message_error(message, error)
+                else:
+                    messages.append(message)
+                    size += len(message)
+        # A rebalance in the middle may have taken partitions away.
+        messages = [m for m in messages if (cast(str, m.topic()), cast(int, m.partition())) in self._positions]
+        if messages and self._kafka_away:
+            self._kafka_back()
+        return messages
+
+    def _assigned(self, consumer: Consumer, connection: "Connection[Any]", partitions: list[TopicPartition]) -> None:
+        places = [(p.topic, p.partition) for p in partitions]
+        stored = _read_positions(connection, places)
+        for place in places:
+            low, high = _log_bounds(consumer, place)
+            if place not in stored:
+                # Before the first read the log's beginning is where to start; the insert says so once and for all.
+                stored[place] = _insert_position(connection, place, low)
+                if low > 0:
+                    log.warning("log begins late", topic=place[0], partition=place[1], offset=low)
+            if not low <= stored[place] <= high:
+                raise LogTruncated(
+                    f"{place[0]} {place[1]} holds offsets {low} to {high}, but the sink has written up to "
+                    f"{stored[place]}: records are missing. If they are lost for good, say where to go on: UPDATE "
+                    f"billing.sink_position SET next_offset = {low} WHERE topic = '{place[0]}' "
+                    f"AND partition = {place[1]}; `tally reconcile` then names the hole"
+                )
+        self._positions = stored
+        consumer.assign([TopicPartition(*place, offset) for place, offset in stored.items()])
+        log.info("assigned", partitions=_named(places))
+
+    def _revoked(self, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            if self._positions.pop((partition.topic, partition.partition), None) is not None:
+                with suppress(KeyError):
+                    metrics.forget(partition.topic, partition.partition, metrics.SINK_POSITION, metrics.SINK_LAG)
+        if partitions:
+            log.info("revoked", partitions=_named([(p.topic, p.partition) for p in partitions]))
+
+    def _show_lag(self, consumer: Consumer) -> None:
+        """Lag by what the consumer has heard of the log's end: asks nobody, so it may be a fetch old."""
+        for (topic, partition), position in self._positions.items():
+            _, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
+            if high >= 0:
+                metrics.SINK_LAG.labels(topic, partition).set(max(high - position, 0))
+
+    # -- trouble
+
+    def _on_error(self, error: KafkaError) -> None:
+        """Told by librdkafka from within ``consume``; it reconnects by itself."""
+        if error.fatal():
+            raise KafkaException(error)
+        if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._kafka_away:
+            self._kafka_away = True
+            log.warning("away", service="Kafka", problem=error.str(), then="waits and comes back")
+
+    def _on_message_error(self, message: Message, error: KafkaError) -> None:
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise LogTruncated(f"{message.topic()} {message.partition()}: {error.str()}; it shrank while it was read")
+        if error.fatal() or not (error.retriable() or error.code() in _PASSING):
+            raise KafkaException(error)
+
+    def _look_for_kafka(self, consumer: Consumer) -> None:
+        with suppress(KafkaException):
+            consumer.list_topics(self._topics.rated, timeout=1.0)
+            self._kafka_back()
+
+    def _kafka_back(self) -> None:
+        self._kafka_away = False
+        log.info("back", service="Kafka")
+
+    # -- months
+
+    def _ahead(self, connection: "Connection[Any]") -> None:
+        """Partitions of this month and the next, before anyone waits for them."""
+        month = datetime.now(UTC).date().replace(day=1)
+        self._create_months(connection, {month, next_month(month)})
+
+    def _ensure_months(self, connection: "Connection[Any]", batch: Batch) -> None:
+        months = {_month(day) for day in {message.row.head.timestamp_us // _DAY_US for message in batch.rated}}
+        if not months <= self._months:
+            self._create_months(connection, months)
+
+    def _create_months(self, connection: "Connection[Any]", months: set[date]) -> None:
+        ensure_months(connection, months - self._months)
+        self._months |= months
+
+
+_DAY_US = 24 * 60 * 60 * 1_000_000
+
+
+def _month(day: int) -> date:
+    return to_datetime(day * _DAY_US).date().replace(day=1)
+
+
+def _named(places: list[Place]) -> list[str]:
+    return [f"{topic} {partition}" for topic, partition in sorted(places)]
+
+
+def _consumer_config(settings: Settings, on_error: Callable[[KafkaError], None]) -> dict[str, Any]:
+    return settings.kafka | {
+        "group.id": settings.topic_prefix + "sink",
+        "client.id": "tally-sink",
+        # What a rater has not committed does not exist.
+        "isolation.level": "read_committed",
+        # Positions are PostgreSQL's: nothing is read on from Kafka's, nothing skips to an end of the log.
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "error",
+        "partition.assignment.strategy": "range",
+        "session.timeout.ms": int(settings.session_timeout * 1000),
+        "fetch.wait.max.ms": int(BATCH_WAIT_S * 1000),
+        "error_cb": on_error,
+    }
+
+
+def _log_bounds(consumer: Consumer, place: Place) -> tuple[int, int]:
+    bounds = consumer.get_watermark_offsets(TopicPartition(*place), timeout=_BROKER_ANSWER_S)
+    if bounds is None:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer on the offsets of {place[0]} {place[1]}"))
+    return bounds
+
+
+_READ_POSITIONS = """
+SELECT topic, partition, next_offset FROM billing.sink_position
+JOIN unnest(%s::text[], %s::integer[]) AS wanted (topic, partition) USING (topic, partition)
+"""
+_INSERT_POSITION = """
+WITH inserted AS (
+    INSERT INTO billing.sink_position (topic, partition, next_offset) VALUES (%s, %s, %s)
+    ON CONFLICT DO NOTHING RETURNING next_offset
+)
+SELECT next_offset FROM inserted
+"""
+
+
+def _read_positions(connection: "Connection[Any]", places: list[Place]) -> dict[Place, int]:
+    rows = connection.execute(_READ_POSITIONS, [[topic for topic, _ in places], [p for _, p in places]])
+    return {(topic, partition): next_offset for topic, partition, next_offset in rows}
+
+
+def _insert_position(connection: "Connection[Any]", place: Place, beginning: int) -> int:
+    inserted = connection.execute(_INSERT_POSITION, [*place, beginning]).fetchone()
+    return beginning if inserted else _read_positions(connection, [place])[place]
+
+
+#: Errors librdkafka recovers from by itself.
+_PASSING = frozenset(
+    {
+        KafkaError._TRANSPORT,
+        KafkaError._TIMED_OUT,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._RESOLVE,
+        KafkaError._MAX_POLL_EXCEEDED,
+        KafkaError._WAIT_COORD,
+        KafkaError.REBALANCE_IN_PROGRESS,
+    }
+)
+#: SQLSTATE classes of a server that is away, overloaded or was interrupted, none of them the statement's fault:
+#: connection, rollback (deadlock, serialization), resources, lock not available, operator, system.
+_ABSENT_STATES = ("08", "40", "53", "55", "57", "58")
+
+
+def _absent(error: OperationalError | KafkaException) -> str | None:
+    """The service that an error shows to be away for now; None for an error that waiting does not mend."""
+    if isinstance(error, KafkaException):
+        cause = cast(KafkaError, error.args[0])
+        passing = not cause.fatal() and (cause.retriable() or cause.code() in _PASSING)
+        return "Kafka" if passing else None
+    passing = error.sqlstate is None or error.sqlstate.startswith(_ABSENT_STATES)
+    return "PostgreSQL" if passing and not isinstance(error, errors.ProgramLimitExceeded) else None

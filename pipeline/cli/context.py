@@ -1,0 +1,31 @@
+"""Which services a command talks to: the environment's, else the embedded ones running in the data directory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.infra import embedded
+from pipeline.infra.settings import Settings
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Where embedded services keep their data (default: the user's state directory)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def settings_for(data_dir: Path | None = None) -> Settings:
+    """Settings with every address filled in that can be: environment first, then running embedded services."""
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+    if settings.kafka_bootstrap and settings.postgres_dsn:
+        return settings
+    found = embedded.find(settings.data_dir)
+    if found is None:
+        return settings
+    return settings.model_copy(
+        update={
+            "kafka_bootstrap": settings.kafka_bootstrap or found.kafka_bootstrap,
+            "postgres_dsn": settings.postgres_dsn or found.postgres_dsn_secret,
+        }
+    )

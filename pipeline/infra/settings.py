@@ -1,0 +1,90 @@
+"""Every setting of Tally, read once from the environment (``TALLY_…``), checked, and passed on as plain values.
+
+Nothing else in the package reads the environment.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _state_home() -> Path:
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "tally"
+
+
+def default_cache_dir() -> Path:
+    """Where fetched files are kept that can be fetched again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tally"
+
+
+class Settings(BaseSettings):
+    """Settings of one process. Durations are seconds, sizes bytes, unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(env_prefix="TALLY_", extra="ignore", frozen=True)
+
+    # -- where things are
+    kafka_bootstrap: str | None = Field(None, description="host:port of your Kafka; unset means the embedded one")
+    postgres_dsn: SecretStr | None = Field(
+        None, description="libpq DSN of your PostgreSQL; unset means the embedded one"
+    )
+    registry_url: str | None = Field(None, description="schema registry; unset means the ids in schemas/avro/ids.json")
+    data_dir: Path = Field(default_factory=_state_home, description="state of embedded services and workers")
+
+    # -- Kafka
+    topic_prefix: str = Field(
+        "", pattern=r"^[a-zA-Z0-9._-]*$", description="put before every topic, group and transactional id"
+    )
+    partitions: int = Field(4, ge=1, le=512, description="partitions of the usage topics, fixed at creation")
+    replication_factor: int = Field(1, ge=1, le=9)
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    kafka_sasl_username: str | None = None
+    kafka_sasl_password: SecretStr | None = None
+    kafka_ssl_ca: Path | None = None
+    kafka_ssl_certificate: Path | None = None
+    kafka_ssl_key: Path | None = None
+
+    # -- workers
+    metrics_host: str = Field("127.0.0.1", description="address the metrics server listens on")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="0 picks a free port; unset turns metrics off")
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    session_timeout: float = Field(10.0, ge=6.0, description="a dead rater's partitions move on after this long")
+    batch_records: int = Field(5000, ge=1, le=100_000, description="most events in one transaction")
+    actor: str = Field(
+        default_factory=lambda: os.environ.get("USER") or "unknown", description="who publishes and decides"
+    )
+
+    @cached_property
+    def kafka(self) -> dict[str, Any]:
+        """Connection part of a librdkafka configuration. Raises ValueError when no broker is known."""
+        if not self.kafka_bootstrap:
+            raise ValueError("no Kafka known: set TALLY_KAFKA_BOOTSTRAP or run `tally up`")
+        config: dict[str, Any] = {"bootstrap.servers": self.kafka_bootstrap}
+        if self.kafka_security_protocol != "PLAINTEXT":
+            config["security.protocol"] = self.kafka_security_protocol
+        if self.kafka_security_protocol.startswith("SASL"):
+            config["sasl.mechanism"] = self.kafka_sasl_mechanism
+            config["sasl.username"] = self.kafka_sasl_username or ""
+            config["sasl.password"] = self.kafka_sasl_password.get_secret_value() if self.kafka_sasl_password else ""
+        for name, path in (
+            ("ssl.ca.location", self.kafka_ssl_ca),
+            ("ssl.certificate.location", self.kafka_ssl_certificate),
+            ("ssl.key.location", self.kafka_ssl_key),
+        ):
+            if path is not None:
+                config[name] = str(path)
+        return config
+
+    @property
+    def dsn(self) -> str:
+        """DSN of PostgreSQL. Raises ValueError when none is known."""
+        if self.postgres_dsn is None:
+            raise ValueError("no PostgreSQL known: set TALLY_POSTGRES_DSN or run `tally up`")
+        return self.postgres_dsn.get_secret_value()

@@ -1,0 +1,237 @@
+"""The whole way of a usage event through the rater, in one pure function: ``process``.
+
+Nothing here reads a clock, a file or a socket: the same batch, state and catalog give the same bytes. What is computed
+here becomes true only when ``pipeline.rating.commit`` has committed it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from pipeline.core.reasons import Reason, Rejection, Stage
+from pipeline.core.usage import Event, ParkedRecord, Record, Refused
+from pipeline.infra.wire import text, zigzag
+from pipeline.rating.accept import accept
+from pipeline.rating.dedupe import dedupe
+from pipeline.rating.enrich import TermsView, enrich
+from pipeline.rating.rate import RowContext, rate
+
+SEQUENCE_BLOCK = 1000
+#: Parked events are tried again for this long, then dead-lettered.
+RETRY_FOR_MS = 7 * 24 * 60 * 60 * 1000
+RETRY_FIRST_MS = 1_000
+RETRY_LONGEST_MS = 60 * 60 * 1000
+
+
+class Source(StrEnum):
+    """Which of its two topics a batch comes from."""
+
+    EVENTS = "events"
+    RETRY = "retry"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A run of offsets of one source partition: all its records, and the offsets around them."""
+
+    source: Source
+    partition: int
+    first_offset: int
+    next_offset: int
+    records: Sequence[Record]
+    #: The worker's clock, for back-off only: age is judged by the broker's append time.
+    now_ms: int
+
+
+class State(Protocol):
+    """What a partition remembers, read only."""
+
+    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
+        """Payload each identity was rated with, None for those never rated."""
+
+    def quantity(self, counter: bytes) -> int | None:
+        """Running quantity of a counter in units of 1e-9, None where no event counted yet."""
+
+
+class Shape(NamedTuple):
+    """What does not change from batch to batch: topic name, partition count, framing bytes of event → rated row."""
+
+    origin_topic: str
+    partitions: int
+    frames: Mapping[bytes, bytes]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Everything one batch leads to, to be committed whole or not at all."""
+
+    rows: list[tuple[bytes, bytes]] = field(default_factory=list)
+    rated: list[Event] = field(default_factory=list)
+    repeats: list[Event] = field(default_factory=list)
+    parked: list[Refused] = field(default_factory=list)
+    dead: list[Refused] = field(default_factory=list)
+    #: Parked records whose time has not come: written back unchanged.
+    waiting: list[ParkedRecord] = field(default_factory=list)
+    totals: dict[bytes, int] = field(default_factory=dict)
+    seen: dict[bytes, bytes] = field(default_factory=dict)
+    sequences: dict[tuple[bytes, int], int] = field(default_factory=dict)
+    latest_event_us: int | None = None
+
+    @property
+    def records(self) -> int:
+        return len(self.rated) + len(self.repeats) + len(self.parked) + len(self.dead) + len(self.waiting)
+
+
+class Overlay:
+    """The state as it will be once the batch is committed: what the batch did, over what was there."""
+
+    def __init__(self, state: State, outcome: Outcome) -> None:
+        self._state, self._outcome = state, outcome
+
+    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
+        below, seen = self._state.known(identities), self._outcome.seen
+        if not seen:
+            return below
+        return [seen.get(identity, payload) for identity, payload in zip(identities, below, strict=True)]
+
+    def quantity(self, counter: bytes) -> int | None:
+        return self._state.quantity(counter)
+
+
+def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcome:
+    """Take one partition batch to everything that must be committed. Pure: same arguments, same result."""
+    outcome = Outcome()
+    overlay = Overlay(state, outcome)
+    context = RowContext(shape.frames, text(shape.origin_topic), zigzag(view.offset))
+
+    records: Sequence[Record] = batch.records
+    if batch.source is Source.RETRY:
+        records, outcome.waiting, outcome.dead = _split_due(batch, view, shape)
+    events, refused, arrived = accept(
+        records,
+        partition=batch.partition,
+        partitions=shape.partitions,
+        frames=shape.frames,
+        own_only=batch.source is Source.RETRY,
+    )
+    _sort_out(refused, batch, outcome)
+    if batch.source is Source.EVENTS:
+        outcome.sequences = _sequence_blocks(arrived)
+    if events:
+        outcome.latest_event_us = max(event.timestamp_us for event in events)
+    while events:  # again only for identities that stand twice in the batch
+        fresh, repeats, conflicts, events = dedupe(events, overlay.known([event.identity for event in events]))
+        known, unknown = enrich(fresh, view)
+        rows, rated, unpriced = rate(known, outcome.totals, overlay, context)
+        outcome.rows += rows
+        outcome.rated += rated
+        outcome.repeats += repeats
+        outcome.seen.update((event.identity, event.payload) for event in rated)
+        _sort_out(conflicts + unknown + unpriced, batch, outcome)
+    return outcome
+
+
+def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape) -> tuple[Outcome, list[Exception]]:
+    """As ``process``, but a record that makes it raise becomes dead letter ``internal_error`` (law 2).
+
+    Slow, for the batch in which ``process`` raised. Returns the exceptions too: each is a defect to be reported.
+    """
+    whole = Outcome()
+    overlay = _Accumulated(state, whole)
+    errors: list[Exception] = []
+    for record in batch.records:
+        one = replace(batch, records=[record])
+        try:
+            part = process(one, overlay, view, shape)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not stop the stream
+            errors.append(error)
+            rejection = Rejection(Stage.INTERNAL, Reason.INTERNAL_ERROR, f"the rater failed on it: {error!r}")
+            whole.dead.append(Refused(record, rejection))
+            continue
+        whole.rows += part.rows
+        whole.rated += part.rated
+        whole.repeats += part.repeats
+        whole.parked += part.parked
+        whole.dead += part.dead
+        whole.waiting += part.waiting
+        whole.totals.update(part.totals)
+        whole.seen.update(part.seen)
+        for block, bits in part.sequences.items():
+            whole.sequences[block] = whole.sequences.get(block, 0) | bits
+        if part.latest_event_us is not None:
+            whole.latest_event_us = max(part.latest_event_us, whole.latest_event_us or part.latest_event_us)
+    return whole, errors
+
+
+class _Accumulated(Overlay):
+    """An overlay that also knows the running quantities of what went before."""
+
+    def quantity(self, counter: bytes) -> int | None:
+        moved = self._outcome.totals.get(counter)
+        return moved if moved is not None else super().quantity(counter)
+
+
+def any_due(batch: Batch, view: TermsView, shape: Shape) -> bool:
+    """Is there a parked record in the batch whose time has come?"""
+    return any(not isinstance(record, ParkedRecord) or _due(record, batch, view, shape) for record in batch.records)
+
+
+def backoff_ms(attempts: int) -> int:
+    """Wait after the n-th failed attempt: 1 s, doubled each time, at most an hour."""
+    return min(RETRY_FIRST_MS << min(attempts - 1, 20), RETRY_LONGEST_MS)
+
+
+def _split_due(batch: Batch, view: TermsView, shape: Shape) -> tuple[list[Record], list[ParkedRecord], list[Refused]]:
+    """Parked records to try now, those whose time has not come, and what is no parked record at all."""
+    ready: list[Record] = []
+    waiting: list[ParkedRecord] = []
+    foreign: list[Refused] = []
+    for record in batch.records:
+        if not isinstance(record, ParkedRecord):
+            foreign.append(Refused(record, _FOREIGN))
+        elif _due(record, batch, view, shape):
+            ready.append(record)
+        else:
+            waiting.append(record)
+    return ready, waiting, foreign
+
+
+def _due(record: ParkedRecord, batch: Batch, view: TermsView, shape: Shape) -> bool:
+    """Is its back-off over, or does the catalog now have terms for it?"""
+    if record.not_before_ms <= batch.now_ms:
+        return True
+    if record.catalog_offset == view.offset:
+        return False
+    events = accept(
+        [record], partition=batch.partition, partitions=shape.partitions, frames=shape.frames, own_only=True
+    ).events
+    return any(
+        not isinstance(view.find(event.account, event.event_type, event.timestamp_us), Rejection) for event in events
+    )
+
+
+_FOREIGN = Rejection(Stage.ACCEPT, Reason.UNDECODABLE, "expected a parked event on the retry topic, got other bytes")
+
+
+def _sort_out(refused: Iterable[Refused], batch: Batch, outcome: Outcome) -> None:
+    """Park what may pass by itself and has not been retried for too long; the rest needs a person."""
+    for one in refused:
+        parked_at_ms = one.record.parked_at_ms if isinstance(one.record, ParkedRecord) else batch.now_ms
+        parks = one.rejection.parks and batch.now_ms - parked_at_ms <= RETRY_FOR_MS
+        (outcome.parked if parks else outcome.dead).append(one)
+
+
+def _sequence_blocks(arrived: list[tuple[bytes, int]]) -> dict[tuple[bytes, int], int]:
+    """Bit maps of the sequence numbers that arrived, per source and block of 1,000; 0 means unknown and is left out."""
+    by_source: defaultdict[bytes, list[int]] = defaultdict(list)
+    for source, sequence in arrived:
+        by_source[source].append(sequence)
+    blocks: defaultdict[tuple[bytes, int], int] = defaultdict(int)
+    for source, sequences in by_source.items():
+        for sequence in sequences:
+            if sequence > 0:
+                block, bit = divmod(sequence, SEQUENCE_BLOCK)
+                blocks[source, block] |= 1 << bit
+    return dict(blocks)

@@ -1,0 +1,105 @@
+"""The catalog as the rater sees it: ``billing.catalog`` read to its end before the first batch, then followed.
+
+A snapshot is only swapped when the topic's end is reached, so that a publication, one transaction, is seen whole.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+
+from pipeline.core.catalog import Catalog, Entry
+from pipeline.infra.avro import CATALOG, Schemas
+from pipeline.infra.clock import micros
+from pipeline.infra.logs import get_logger
+from pipeline.infra.topics import Topics
+from pipeline.rating.enrich import TermsView
+
+log = get_logger(__name__)
+
+_POLL_S = 0.2
+
+
+class CatalogFeed(threading.Thread):
+    """Keeps ``view`` current in a thread of its own. A broken entry ends it: rating without it could bill wrongly."""
+
+    def __init__(
+        self, kafka: dict[str, Any], topics: Topics, schemas: Schemas, on_failure: Callable[[BaseException], None]
+    ) -> None:
+        super().__init__(name="catalog-feed", daemon=True)
+        self._kafka = kafka
+        self._topics = topics
+        self._schemas = schemas
+        self._on_failure = on_failure
+        self._stopping = threading.Event()
+        self._ready = threading.Event()
+        self._view = TermsView(Catalog.empty())
+
+    @property
+    def view(self) -> TermsView:
+        """The newest snapshot. Valid once ``wait_ready`` has returned True."""
+        return self._view
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Wait until the catalog was read to its end once; seconds."""
+        return self._ready.wait(timeout)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def run(self) -> None:
+        try:
+            self._follow()
+        except BaseException as error:  # noqa: BLE001  handed on: the worker must exit
+            self._on_failure(error)
+
+    def _follow(self) -> None:
+        consumer = Consumer(
+            {
+                **self._kafka,
+                "group.id": f"{self._topics.prefix}catalog-feed",  # the client wants one; never joined
+                "enable.auto.commit": False,
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "auto.offset.reset": "error",
+                "fetch.wait.max.ms": 100,
+            }
+        )
+        consumer.assign([TopicPartition(self._topics.catalog, 0, OFFSET_BEGINNING)])
+        pending: list[Entry] = []
+        offset = 0
+        try:
+            while not self._stopping.is_set():
+                for message in consumer.consume(1000, _POLL_S):
+                    error = message.error()
+                    if error is None:
+                        pending.append(self._entry(message.key(), message.value(), message.offset()))
+                        offset = (message.offset() or 0) + 1
+                    elif error.code() == KafkaError._PARTITION_EOF:
+                        self._swap(pending, max(offset, message.offset() or 0))
+                        pending = []
+                    elif error.fatal() or not error.retriable():
+                        raise KafkaException(error)
+        finally:
+            consumer.close()
+
+    def _swap(self, entries: list[Entry], offset: int) -> None:
+        current = self._view.catalog
+        if entries or offset != current.offset:
+            self._view = TermsView(current.extend(entries, offset))
+        if entries or not self._ready.is_set():
+            log.info("catalog_read", entries=len(entries), offset=offset)
+        self._ready.set()
+
+    def _entry(self, key: bytes | None, value: bytes | None, offset: int | None) -> Entry:
+        try:
+            record = self._schemas.decode(value, CATALOG)
+            valid_from: datetime = record["valid_from"]
+            return Entry(
+                record["kind"], record["id"], record["version"], micros(valid_from), json.loads(record["document"])
+            )
+        except Exception as error:
+            raise ValueError(f"catalog entry {key!r} at offset {offset} cannot be read: {error}") from error

@@ -1,0 +1,64 @@
+"""The two changelogs behind a partition's state: what is written with every batch, and read back when a disk is lost.
+
+``rater.seen``: identities packed by the day they expire, at most 512 KiB a record: one version byte, the expiry day
+(days since 1970, little-endian uint32), then 24 bytes an identity (16 of identity hash, 8 of payload hash).
+``rater.totals``: key is the counter, value its running quantity in units of 1e-9 as decimal digits; compacted.
+"""
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from pipeline.core.usage import Event
+from pipeline.infra.wire import IDENTITY_BYTES, PAYLOAD_BYTES
+
+_HEAD = struct.Struct("<BI")
+_VERSION = 1
+_ENTRY_BYTES = IDENTITY_BYTES + PAYLOAD_BYTES
+_ENTRIES_MAX = (512 * 1024 - _HEAD.size) // _ENTRY_BYTES
+_DAY_MS = 24 * 60 * 60 * 1000
+#: Seen keys live this long after the later of event and append time (law 5).
+SEEN_DAYS = 37
+
+
+def expiry_day(appended_ms: int) -> int:
+    """First day (since 1970 UTC) on which an identity appended then may be forgotten.
+
+    An accepted event's own time is at most five minutes after its append time; one day of margin covers that and the
+    part of the day already gone.
+    """
+    return appended_ms // _DAY_MS + SEEN_DAYS + 2
+
+
+def by_expiry(rated: Iterable[Event]) -> dict[int, list[bytes]]:
+    """Entries (identity and payload) of rated events, by the day they expire."""
+    days: defaultdict[int, list[bytes]] = defaultdict(list)
+    for event in rated:
+        days[expiry_day(event.record.timestamp)].append(event.identity + event.payload)
+    return days
+
+
+def pack_seen(days: dict[int, list[bytes]]) -> Iterator[bytes]:
+    """Changelog records for the entries of a batch."""
+    for day, entries in sorted(days.items()):
+        head = _HEAD.pack(_VERSION, day)
+        for start in range(0, len(entries), _ENTRIES_MAX):
+            yield head + b"".join(entries[start : start + _ENTRIES_MAX])
+
+
+def unpack_seen(value: bytes) -> tuple[int, list[bytes]]:
+    """Expiry day and entries of a changelog record. Raises ValueError when it is not one."""
+    if len(value) < _HEAD.size or (len(value) - _HEAD.size) % _ENTRY_BYTES:
+        raise ValueError(f"expected a head and entries of {_ENTRY_BYTES} bytes, got {len(value)} bytes")
+    version, day = _HEAD.unpack_from(value)
+    if version != _VERSION:
+        raise ValueError(f"expected version {_VERSION} of a seen record, got {version}: written by a newer Tally")
+    return day, [value[i : i + _ENTRY_BYTES] for i in range(_HEAD.size, len(value), _ENTRY_BYTES)]
+
+
+def pack_quantity(quantity: int) -> bytes:
+    return b"%d" % quantity
+
+
+def unpack_quantity(value: bytes) -> int:
+    return int(value)

@@ -1,0 +1,102 @@
+"""Third stage: which account, contract, plan and price version hold at the event's own time?
+
+Terms are looked up once per account, event type and span of time, and kept in the form the rater needs: compiled
+functions, and the part of a rated row that never changes, already encoded.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from pipeline.core.catalog import Catalog, Terms
+from pipeline.core.charges import Charge, compile_price
+from pipeline.core.meters import Meter, compile_measure
+from pipeline.core.reasons import Rejection
+from pipeline.core.usage import Event, Refused
+from pipeline.infra.wire import text, zigzag
+
+_USAGE = zigzag(0)  # first symbol of EntryKind
+
+
+class Priced:
+    """One charge for one segment, ready to rate: what to measure, what it costs, and the constant part of its rows."""
+
+    __slots__ = ("constant", "counter", "measure", "memo_cost", "memo_encoded", "memo_quantity", "price")
+
+    def __init__(self, terms: Terms, charge: Charge, meter: Meter) -> None:
+        segment = terms.segment
+        contract, plan = segment.contract, segment.plan
+        self.measure: Callable[[Mapping[bytes, bytes]], int | Rejection | None] = compile_measure(meter)
+        self.price: Callable[[int], int] = compile_price(charge)
+        cell = ""
+        #: Names the running quantity: account, contract, charge, segment, cell. Ids hold no control character.
+        self.counter = "\x1f".join((contract.account, contract.id, charge.id, str(segment.start_us), cell)).encode()
+        self.constant = b"".join(
+            (
+                text(contract.id),
+                text(plan.id),
+                zigzag(plan.version),
+                text(meter.id),
+                zigzag(meter.version),
+                text(f"{plan.id}@{plan.version}"),
+                text(charge.id),
+                zigzag(segment.period.start_us),
+                zigzag(segment.period.end_us),
+                zigzag(segment.start_us),
+                text(cell),
+                text(plan.currency),
+                zigzag(0),
+                _USAGE,
+            )
+        )
+        # price() of the last running quantity and that quantity encoded: the next event's "before". Pure memory.
+        self.memo_quantity: int | None = None
+        self.memo_cost = 0
+        self.memo_encoded = b""
+
+
+class RatingTerms(NamedTuple):
+    """Terms that hold for ``start_us <= t < end_us``."""
+
+    start_us: int
+    end_us: int
+    period_end_us: int
+    priced: tuple[Priced, ...]
+
+
+class TermsView:
+    """A catalog snapshot as the rater reads it. Same answers as ``Catalog.terms``, remembered."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.offset = catalog.offset
+        self._spans: dict[tuple[bytes, bytes], list[RatingTerms]] = {}
+
+    def find(self, account: bytes, event_type: bytes, at_us: int) -> RatingTerms | Rejection:
+        spans = self._spans.get((account, event_type))
+        if spans is not None:
+            for terms in spans:
+                if terms.start_us <= at_us < terms.end_us:
+                    return terms
+        found = self.catalog.terms(account.decode(), event_type.decode(), at_us)
+        if isinstance(found, Rejection):
+            return found
+        priced = tuple(Priced(found, charge, meter) for charge, meter in found.priced)
+        terms = RatingTerms(found.start_us, found.end_us, found.segment.period.end_us, priced)
+        # Newest span first: live events ask for it, late ones look further.
+        self._spans.setdefault((account, event_type), []).insert(0, terms)
+        return terms
+
+
+def enrich(events: list[Event], view: TermsView) -> tuple[list[tuple[Event, RatingTerms]], list[Refused]]:
+    """Pair each event with the terms valid at its time; what has none is refused, or parked until it may have."""
+    known: list[tuple[Event, RatingTerms]] = []
+    refused: list[Refused] = []
+    find = view.find
+    for event in events:
+        terms = find(event.account, event.event_type, event.timestamp_us)
+        if type(terms) is RatingTerms:
+            known.append((event, terms))
+        else:
+            assert isinstance(terms, Rejection)
+            refused.append(Refused(event.record, terms, event.account, event.key, event.event_type, event.timestamp_us))
+    return known, refused

@@ -1,0 +1,292 @@
+"""One source partition: its queue, its thread, its state and its producer, from assignment to revocation.
+
+Both topics of a partition (events and retry) go through here, one batch at a time, so that one state and one producer
+see everything in one order. The event loop only hands over fetched lists; whatever blocks, blocks this thread.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.usage import ParkedRecord, Record
+from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
+from pipeline.infra.clock import micros
+from pipeline.infra.logs import get_logger
+from pipeline.infra.topics import Topics
+from pipeline.rating.batch import Batch, Outcome, Shape, Source, any_due, process, process_one_by_one
+from pipeline.rating.catalog_feed import CatalogFeed
+from pipeline.rating.commit import BatchAborted, Committer, Membership, new_producer
+from pipeline.rating.faust_batches import Fetched
+from pipeline.rating.state import PartitionState
+from pipeline.rating.take import Interrupted, take
+
+log = get_logger(__name__)
+
+#: Largest batch by bytes: what one transaction may have to hold in memory.
+BATCH_BYTES_MAX = 32 * 1024 * 1024
+#: A parked batch is looked at this often for a catalog change.
+_RETRY_LOOK_S = 0.25
+#: Pause before an aborted batch is tried again, while the group decides who owns the partition.
+_ABORT_PAUSE_S = 0.2
+#: A parked record is moved behind those that came after it at the latest after this long.
+_RETRY_ROTATE_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class RaterConfig:
+    """What all partitions of a worker share."""
+
+    kafka: dict[str, Any]
+    group: str
+    topics: Topics
+    schemas: Schemas
+    shape: Shape
+    partitions: int
+    batch_records: int
+    state_dir: Path
+    stamp: dict[str, str]
+    worker: str
+
+
+class Events:
+    """What a partition tells its worker. Called from the partition's thread."""
+
+    def full(self, partition: int, source: Source, is_full: bool) -> None:
+        """Stop or resume fetching of one source."""
+
+    def seek(self, partition: int, source: Source, offset: int) -> None:
+        """Fetch again from an offset: the log has records before what came."""
+
+    def failed(self, partition: int, error: BaseException) -> None:
+        """The worker must exit."""
+
+    def committed(self, partition: int, batch: Batch, outcome: Outcome, seconds: float) -> None:
+        """A batch became true."""
+
+
+class PartitionRater(threading.Thread):
+    """Owner of one partition."""
+
+    def __init__(
+        self,
+        partition: int,
+        membership: Membership,
+        config: RaterConfig,
+        feed: CatalogFeed,
+        events: Events,
+        *,
+        process_batch: Callable[..., Outcome] = process,
+        on_step: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        super().__init__(name=f"partition-{partition}", daemon=True)
+        self.partition = partition
+        self.next_offsets: dict[Source, int] = {}
+        self._membership = membership
+        self._config = config
+        self._feed = feed
+        self._events = events
+        self._process = process_batch
+        self._on_step = on_step
+        self._queues: dict[Source, deque[Fetched]] = {source: deque() for source in Source}
+        self._queued = dict.fromkeys(Source, 0)
+        self._full = dict.fromkeys(Source, False)
+        self._changed = threading.Condition()
+        self._stopping = False
+        # Parked records taken from the queue and not due yet.
+        self._held: Batch | None = None
+        self._held_until_ms = 0
+        self._looked_at_catalog = -1
+
+    # -- from the event loop
+
+    def offer(self, source: Source, fetched: Fetched) -> None:
+        """Queue a fetched list. Never blocks; says ``full`` when there is enough."""
+        with self._changed:
+            self._queues[source].append(fetched)
+            self._queued[source] += len(fetched.records)
+            self._tell_full(source)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Stop after the batch in hand. ``join`` waits for it."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    # -- the thread
+
+    def run(self) -> None:
+        state: PartitionState | None = None
+        try:
+            config = self._config
+            state = PartitionState(config.state_dir / str(self.partition), config.stamp)
+            # Made here and given up with the thread: a fenced producer is never initialised again.
+            producer = new_producer(config.kafka, f"{config.topics.prefix}rater-{self.partition}")
+            started = time.monotonic()
+            taken = take(
+                producer,
+                state,
+                kafka=config.kafka,
+                group=config.group,
+                topics=config.topics,
+                partition=self.partition,
+                stopped=lambda: self._stopping,
+            )
+            self.next_offsets = taken.next_offsets
+            log.info(
+                "partition_taken",
+                partition=self.partition,
+                generation=self._membership.generation,
+                restored_identities=taken.restored_seen,
+                restored_totals=taken.restored_totals,
+                seconds=round(time.monotonic() - started, 3),
+            )
+            committer = Committer(
+                producer,
+                topics=config.topics,
+                schemas=config.schemas,
+                partition=self.partition,
+                partitions=config.partitions,
+                worker=config.worker,
+                stopped=lambda: self._stopping,
+                on_step=self._on_step,
+            )
+            while (batch := self._next_batch()) is not None:
+                self._rate(batch, committer, state)
+        except Interrupted:
+            pass
+        except BaseException as error:  # noqa: BLE001  handed on: the worker must exit
+            self._events.failed(self.partition, error)
+        finally:
+            if state is not None:
+                state.close()
+
+    def _rate(self, batch: Batch, committer: Committer, state: PartitionState) -> None:
+        """Process and commit a batch; when its transaction is aborted, again, unless the partition went."""
+        while True:
+            started = time.monotonic()
+            view = self._feed.view
+            try:
+                outcome = self._process(batch, state, view, self._config.shape)
+            except Exception as error:
+                log.exception("batch_failed", partition=self.partition, first_offset=batch.first_offset)
+                outcome, errors = process_one_by_one(batch, state, view, self._config.shape)
+                if not errors:
+                    log.error("batch_failed_only_as_a_whole", partition=self.partition, error=repr(error))
+            try:
+                committer.commit(batch, outcome, view.offset, self._membership, state)
+            except BatchAborted as error:
+                log.warning("batch_aborted", partition=self.partition, error=str(error))
+                with self._changed:
+                    if self._stopping:
+                        raise Interrupted from error
+                    self._changed.wait(_ABORT_PAUSE_S)
+                continue
+            self.next_offsets[batch.source] = batch.next_offset
+            self._events.committed(self.partition, batch, outcome, time.monotonic() - started)
+            return
+
+    # -- the next batch
+
+    def _next_batch(self) -> Batch | None:
+        """Wait for a batch that may be processed now; None when stopping."""
+        with self._changed:
+            while not self._stopping:
+                batch = self._merge(Source.EVENTS) or self._due_retry()
+                if batch is not None:
+                    return batch
+                self._changed.wait(None if self._held is None else _RETRY_LOOK_S)
+        return None
+
+    def _merge(self, source: Source) -> Batch | None:
+        """Join queued lists to one batch; cut what was processed before; ask again for what is missing."""
+        queue = self._queues[source]
+        records: list[Record] = []
+        start = at = self.next_offsets[source]
+        size = 0
+        while queue and size < BATCH_BYTES_MAX:
+            fetched = queue[0]
+            if fetched.from_offset > at:
+                if at > start:
+                    break  # commit what came before the hole first
+                self._forget(source)
+                self._events.seek(self.partition, source, at)
+                return None
+            if records and len(records) + len(fetched.records) > self._config.batch_records:
+                break
+            queue.popleft()
+            self._queued[source] -= len(fetched.records)
+            if fetched.next_offset <= at:
+                continue
+            some: Sequence[Record] = fetched.records
+            if fetched.from_offset < at:
+                some = [record for record in some if record.offset >= at]
+            records.extend(some)
+            size += sum(len(record.value or b"") for record in some)
+            at = fetched.next_offset
+        self._tell_full(source)
+        if at == start:
+            return None
+        return Batch(source, self.partition, start, at, records, time.time_ns() // 1_000_000)
+
+    def _due_retry(self) -> Batch | None:
+        """The oldest parked records, once the first of them is due or the catalog may have an answer for one."""
+        if self._held is None:
+            batch = self._merge(Source.RETRY)
+            if batch is None:
+                return None
+            self._held = replace(batch, records=[unpark(record, self._config.schemas) for record in batch.records])
+            self._held_until_ms = min(
+                (record.not_before_ms if isinstance(record, ParkedRecord) else 0 for record in self._held.records),
+                default=0,
+            )
+            if self._held_until_ms > batch.now_ms + _RETRY_ROTATE_MS and self._queues[Source.RETRY]:
+                self._held_until_ms = batch.now_ms + _RETRY_ROTATE_MS
+            self._looked_at_catalog = -1
+        held = replace(self._held, now_ms=time.time_ns() // 1_000_000)
+        view = self._feed.view
+        if held.now_ms < self._held_until_ms and (
+            view.offset == self._looked_at_catalog or not any_due(held, view, self._config.shape)
+        ):
+            self._looked_at_catalog = view.offset
+            return None
+        self._held = None
+        return held
+
+    def _forget(self, source: Source) -> None:
+        self._queues[source].clear()
+        self._queued[source] = 0
+        self._tell_full(source)
+
+    def _tell_full(self, source: Source) -> None:
+        full = self._queued[source] >= 2 * self._config.batch_records
+        if full != self._full[source]:
+            self._full[source] = full
+            self._events.full(self.partition, source, full)
+
+
+def unpark(record: Record, schemas: Schemas) -> Record:
+    """The parked event in a message of ``usage.retry``; the message itself when it holds none."""
+    try:
+        letter = schemas.decode(record.value, DEAD_LETTER)
+    except WireError:
+        return record
+    return ParkedRecord(
+        topic=letter["origin_topic"],
+        partition=letter["origin_partition"],
+        offset=letter["origin_offset"],
+        timestamp=micros(letter["origin_appended_at"]) // 1000,
+        key=letter["key"],
+        value=letter["value"],
+        letter=record.value or b"",
+        letter_key=record.key,
+        attempts=letter["attempts"],
+        replays=letter["replays"],
+        parked_at_ms=micros(letter["parked_at"]) // 1000,
+        not_before_ms=micros(letter["not_before"]) // 1000,
+        catalog_offset=letter["catalog_offset"],
+    )

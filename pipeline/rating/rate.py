@@ -1,0 +1,136 @@
+"""Fourth stage: running quantity to amount, and the bytes of the rated row.
+
+Rating is a difference (law 3): an event's amount is ``price(after) - price(before)`` of its counter's running quantity.
+An event is rated for all its charges or for none.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from pipeline.core.reasons import Reason, Rejection, Stage
+from pipeline.core.usage import Event, Refused
+from pipeline.infra.wire import FRAME_BYTES, decimal, zigzag
+from pipeline.rating.enrich import Priced, RatingTerms
+
+#: decimal(38, …) of the rated row: one digit more does not fit.
+_FITS = 10**38
+
+
+class Quantities(Protocol):
+    """Running quantities by counter, in units of 1e-9."""
+
+    def quantity(self, counter: bytes) -> int | None: ...
+
+
+class Rated(NamedTuple):
+    #: (Kafka key, framed RatedUsage)
+    rows: list[tuple[bytes, bytes]]
+    events: list[Event]
+    refused: list[Refused]
+
+
+class RowContext(NamedTuple):
+    """What all rows of a batch share."""
+
+    #: framing bytes of the incoming event → those of the rated row that embeds it
+    frames: Mapping[bytes, bytes]
+    origin_topic: bytes  #: encoded
+    catalog_offset: bytes  #: encoded
+
+
+def rate(
+    known: list[tuple[Event, RatingTerms]], totals: dict[bytes, int], state: Quantities, context: RowContext
+) -> Rated:
+    """Price events in order. ``totals`` (the batch's running quantities) moves on, ``state`` is only read."""
+    rows: list[tuple[bytes, bytes]] = []
+    events: list[Event] = []
+    refused: list[Refused] = []
+    add_row = rows.append
+    running = totals.get
+    frames, origin_topic, catalog_offset = context
+    for event, terms in known:
+        record, identity, _, _, account, _, _, properties = event
+        measured: list[tuple[Priced, int]] = []
+        rejection: Rejection | None = None
+        for priced in terms.priced:
+            quantity = priced.measure(properties)
+            if type(quantity) is int:
+                measured.append((priced, quantity))
+            elif quantity is not None:
+                assert isinstance(quantity, Rejection)
+                rejection = quantity
+                break
+        if rejection is None and measured:
+            # Everything is computed before anything is kept: all charges or none.
+            head = b""
+            moved: list[tuple[bytes, int]] = []
+            made: list[bytes] = []
+            for priced, quantity in measured:
+                counter = priced.counter
+                before = running(counter)
+                if before is None:
+                    before = state.quantity(counter)
+                if before is None:  # a counter without an event yet costs nothing
+                    before, cost, before_bytes = 0, 0, _ZERO
+                elif before == priced.memo_quantity:
+                    cost, before_bytes = priced.memo_cost, priced.memo_encoded
+                else:
+                    cost, before_bytes = priced.price(before), decimal(before)
+                after = before + quantity
+                after_cost = priced.price(after)
+                if not (-_FITS < after < _FITS and -_FITS < after_cost < _FITS):
+                    rejection = _overflow(after)
+                    break
+                after_bytes = decimal(after)
+                priced.memo_quantity, priced.memo_cost, priced.memo_encoded = after, after_cost, after_bytes
+                moved.append((counter, after))
+                if not head:
+                    value = record.value
+                    assert value is not None
+                    appended_ms = record.timestamp
+                    head = b"".join(
+                        (
+                            frames[value[:FRAME_BYTES]],
+                            value[FRAME_BYTES:],
+                            origin_topic,
+                            zigzag(record.partition),
+                            zigzag(record.offset),
+                            zigzag(appended_ms),
+                            identity,
+                            catalog_offset,
+                        )
+                    )
+                    late = b"\x01" if appended_ms * 1000 >= terms.period_end_us else b"\x00"
+                made.append(
+                    b"".join(
+                        (
+                            head,
+                            priced.constant,
+                            decimal(quantity),
+                            before_bytes,
+                            after_bytes,
+                            decimal(after_cost - cost),
+                            late,
+                        )
+                    )
+                )
+            if rejection is None:
+                totals.update(moved)
+                for row in made:
+                    add_row((account, row))
+        if rejection is None:
+            events.append(event)
+        else:
+            refused.append(Refused(record, rejection, account, event.key, event.event_type, event.timestamp_us))
+    return Rated(rows, events, refused)
+
+
+_ZERO = decimal(0)
+
+
+def _overflow(after: int) -> Rejection:
+    return Rejection(
+        Stage.RATE,
+        Reason.QUANTITY_TOO_LARGE,
+        f"expected a running quantity and price of at most 38 digits, got {after}e-9",
+    )

@@ -1,0 +1,176 @@
+"""Taking a partition: the order in which a worker becomes its only owner (DESIGN §4).
+
+1. ``init_transactions`` for the partition's transactional id: fences the old owner and aborts what it left open.
+2. The committed offsets, read as stable: only now can no earlier transaction change them.
+3. Both changelogs, read committed, from the local position to the end offset taken after step 1.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from confluent_kafka import (
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
+
+from pipeline.infra.logs import get_logger
+from pipeline.infra.topics import Topics
+from pipeline.rating.batch import Source
+from pipeline.rating.changelog import unpack_quantity, unpack_seen
+from pipeline.rating.state import PartitionState, Positions
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+_CALL_TIMEOUT_S = 10.0
+_RESTORE_RECORDS = 2_000
+
+
+class Interrupted(Exception):
+    """The partition was revoked, or the worker stops, before it was taken."""
+
+
+class UsageLost(Exception):
+    """Records were deleted from a source topic before they were rated. Never skipped silently."""
+
+
+class Taken(NamedTuple):
+    """What step 2 found: the next offset to process of each source topic."""
+
+    next_offsets: dict[Source, int]
+    restored_seen: int
+    restored_totals: int
+
+
+def take(
+    producer: Producer,
+    state: PartitionState,
+    *,
+    kafka: Mapping[str, Any],
+    group: str,
+    topics: Topics,
+    partition: int,
+    stopped: Callable[[], bool],
+) -> Taken:
+    """Become the owner. Raises Interrupted, UsageLost, or KafkaException for what no waiting mends."""
+    # Step 1.
+    _until_decided(lambda: producer.init_transactions(_CALL_TIMEOUT_S), stopped)
+    consumer = Consumer(
+        {
+            **kafka,
+            "group.id": group,
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+            "fetch.wait.max.ms": 50,
+            "queued.max.messages.kbytes": 65_536,
+        }
+    )
+    try:
+        # Step 2.
+        sources = {Source.EVENTS: topics.events, Source.RETRY: topics.retry}
+        next_offsets = {
+            source: _next_offset(consumer, TopicPartition(topic, partition), stopped)
+            for source, topic in sources.items()
+        }
+        # Step 3.
+        seen, totals = _restore(consumer, state, topics, partition, stopped)
+    finally:
+        consumer.close()
+    return Taken(next_offsets, seen, totals)
+
+
+def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> int:
+    # librdkafka asks for stable offsets: it waits while a transaction that moves them is pending.
+    committed = _until_decided(lambda: consumer.committed([tp], _CALL_TIMEOUT_S), stopped)[0]
+    if committed.error is not None:
+        raise KafkaException(committed.error)
+    low, high = _watermarks(consumer, tp, stopped)
+    next_offset = 0 if committed.offset == OFFSET_INVALID else committed.offset
+    if next_offset < low:
+        raise UsageLost(
+            f"{tp.topic}/{tp.partition}: offsets {next_offset} to {low - 1} were deleted before they were rated. "
+            "Expected retention to outlast the raters' lag. Restore the records, or accept the loss by setting the "
+            f"group's offset to {low} with Kafka's own tools"
+        )
+    if next_offset > high:
+        raise UsageLost(
+            f"{tp.topic}/{tp.partition} ends at {high}, but offset {next_offset} was reached already: "
+            "the topic was recreated or lost its tail"
+        )
+    return next_offset
+
+
+def _restore(
+    consumer: Consumer, state: PartitionState, topics: Topics, partition: int, stopped: Callable[[], bool]
+) -> tuple[int, int]:
+    """Bring the local state up to the changelogs' ends; return the number of identities and totals read."""
+    ends: dict[str, int] = {}
+    at: dict[str, int] = {}
+    stored = state.positions or Positions(0, 0)
+    for topic, position in ((topics.seen, stored.seen), (topics.totals, stored.totals)):
+        tp = TopicPartition(topic, partition)
+        low, high = _watermarks(consumer, tp, stopped)
+        ends[topic], at[topic] = high, max(position, low)  # what retention took has expired anyway
+    consumer.assign([TopicPartition(topic, partition, offset) for topic, offset in at.items() if offset < ends[topic]])
+    open_topics = {topic for topic, offset in at.items() if offset < ends[topic]}
+    keys = counters = 0
+    while open_topics:
+        if stopped():
+            raise Interrupted
+        seen: dict[int, list[bytes]] = {}
+        totals: dict[bytes, int] = {}
+        for message in consumer.consume(_RESTORE_RECORDS, 0.5):
+            name, offset, error = message.topic() or "", message.offset(), message.error()
+            if error is None:
+                assert offset is not None
+                at[name] = offset + 1
+                value = message.value()
+                if name == topics.seen:
+                    day, entries = unpack_seen(value or b"")
+                    seen.setdefault(day, []).extend(entries)
+                    keys += len(entries)
+                elif value is not None:
+                    totals[message.key() or b""] = unpack_quantity(value)
+                    counters += 1
+            elif error.code() == KafkaError._PARTITION_EOF:
+                at[name] = max(at[name], offset or 0)
+            elif not error.retriable():
+                raise KafkaException(error)
+        if seen or totals:
+            state.apply(seen, totals, Positions(at[topics.seen], at[topics.totals]))
+        open_topics = {topic for topic in open_topics if at[topic] < ends[topic]}
+    return keys, counters
+
+
+def _watermarks(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> tuple[int, int]:
+    """First offset the log still holds, and the one after its last."""
+    return _until_decided(lambda: consumer.get_watermark_offsets(tp, _CALL_TIMEOUT_S), stopped)
+
+
+def _until_decided(call: Callable[[], T], stopped: Callable[[], bool]) -> T:
+    """Call until the broker answers; a retriable error only says that it did not in time."""
+    waited = False
+    while True:
+        if stopped():
+            raise Interrupted
+        try:
+            result = call()
+        except KafkaException as error:
+            if not error.args[0].retriable():
+                raise
+            if not waited:
+                log.warning("broker_away", error=str(error.args[0]))
+                waited = True
+            time.sleep(0.2)
+        else:
+            if waited:
+                log.info("broker_back")
+            return result
