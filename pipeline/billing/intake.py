@@ -43,7 +43,7 @@ class Poison(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """Messages of one fetch, decoded, and how far each position moves: from the stored one to the one after the last."""
+    """Messages of one fetch, decoded, and how each position moves: from the stored one to behind the last."""
 
     moves: dict[Place, tuple[int, int]] = field(default_factory=dict)
     rated: list[RatedMessage] = field(default_factory=list)
@@ -65,21 +65,18 @@ class Intake:
     def sort(self, messages: Sequence[Message], positions: dict[Place, int]) -> Batch:
         """Decode messages that come in offset order per partition, none of them an error.
 
-        ``positions`` holds the next offset of every partition read. What lies below is written already and left out.
+        ``positions`` holds the next offset of every partition read. What lies below is written already and left out,
+        and so is what a rebalance in the middle of the fetch made the consumer read twice.
         """
         batch = Batch()
         rated_topic, read_rated, keep = self._topics.rated, self._read_rated, batch.rated.append
         following: dict[Place, int] = {}
         for message in messages:
-            topic, partition, offset = (
-                cast(str, message.topic()),
-                cast(int, message.partition()),
-                cast(int, message.offset()),
-            )
-            if offset < positions[topic, partition]:
+            topic, partition, offset = _place(message)
+            if offset < (following.get((topic, partition)) or positions[topic, partition]):
                 continue
             following[topic, partition] = offset + 1
-            value = cast("bytes | None", message.value()) or b""
+            value = message.value() or b""
             try:
                 if topic == rated_topic:
                     keep(RatedMessage(partition, offset, read_rated(value), value))
@@ -98,8 +95,7 @@ class Intake:
         latest_us = record["latest_event_at"]
         record["latest_event_at"] = None if latest_us is None else _instant(latest_us)
         committed_at = _instant(message.timestamp()[1] * 1000)
-        place = cast(str, message.topic()), cast(int, message.partition()), cast(int, message.offset())
-        batch.receipts.append(Receipt(*place, value, record, committed_at))
+        batch.receipts.append(Receipt(*_place(message), value, record, committed_at))
         batch.resolutions += (
             Resolution(self._topics.events, one["origin_partition"], one["origin_offset"], one["outcome"])
             for one in record["resolutions"]
@@ -133,6 +129,10 @@ class PlainReader:
         if left := len(data) - FRAME_BYTES - body.tell():
             raise Malformed(f"{left} bytes left over after a record of {self._subject}")
         return cast(Record, record)
+
+
+def _place(message: Message) -> tuple[str, int, int]:
+    return cast(tuple[str, int, int], (message.topic(), message.partition(), message.offset()))
 
 
 def _without_logical_types(schema: Any) -> Any:

@@ -20,7 +20,7 @@ _VARINT_BYTES_MAX = 10
 _ACCOUNTS_MAX = 50_000
 #: Terms remembered per account: charges times segments. More are decoded anew, at a few microseconds each.
 _TERMS_MAX = 32
-#: Longest charge and cell, in characters: both stand in the index that makes rows unique, and B-tree entries are bounded.
+#: Longest charge and cell, in characters: both stand in the unique index of rows, whose entries are bounded.
 _CHARGE_MAX, _CELL_MAX = 200, 400
 
 #: Times outside are no calendar date to Python.
@@ -53,7 +53,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Terms:
-    """What all rows of one invoice line share. Times in microseconds since 1970 UTC. The same bytes, the same object."""
+    """What all rows of an invoice line share; the same bytes, the same object. Times in microseconds since 1970 UTC."""
 
     contract: str
     plan: str

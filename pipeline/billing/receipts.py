@@ -1,4 +1,4 @@
-"""Receipts into Postgres: what each rater transaction covered, which sequence numbers came, what became of parked events."""
+"""Receipts into PostgreSQL: what each rater transaction covered, and which sequence numbers arrived."""
 
 from collections.abc import Iterable
 from datetime import datetime

@@ -1,9 +1,9 @@
 """The sink: rated usage, receipts and letters from Kafka into PostgreSQL, each exactly once.
 
 A consumer group shares the partitions out; where to read on is PostgreSQL's word alone (``billing.sink_position``),
-moved in the transaction that writes the rows (``pipeline.billing.commit``). Kafka's committed offsets are a copy for lag
-tools. Whatever goes wrong with a batch, the answer is one: drop it, leave the group, come back, and read on from the
-table.
+moved in the transaction that writes the rows (``pipeline.billing.commit``). Kafka's committed offsets are a copy for
+lag tools. Whatever goes wrong with a batch, the answer is one: drop it, leave the group, come back, and read on from
+the table.
 """
 
 import threading
@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime
 from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
-from psycopg import Connection, OperationalError, errors
+from psycopg import Connection, OperationalError
 
 from pipeline.billing.commit import PositionTaken, Reached, Step, commit, prepare
 from pipeline.billing.intake import Batch, Intake, Place
@@ -23,12 +23,13 @@ from pipeline.billing.months import ensure_months, next_month
 from pipeline.core.periods import to_datetime
 from pipeline.infra import metrics
 from pipeline.infra.avro import Schemas, load_schemas
+from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
 
-#: Most messages in one transaction. Beyond some thousands the fixed cost of a transaction (about 10 ms) no longer shows.
+#: Most messages in one transaction. Beyond some thousands a transaction's fixed cost (about 10 ms) no longer shows.
 BATCH_MESSAGES = 10_000
 #: Bytes of messages after which a batch is closed: bounds memory where events are large.
 BATCH_BYTES = 32 * 1024 * 1024
@@ -58,26 +59,29 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached | None = 
     psycopg.Error for anything but an absent or overloaded server. These need a person.
     """
     sink = _Sink(settings, stop, reached or (lambda _: None))
-    backoff, away = _BACKOFF_FIRST_S, ""
+    backoff, postgres_away = _BACKOFF_FIRST_S, False
     while not stop.is_set():
         committed = sink.batches
         try:
-            if away:
+            if postgres_away:
                 # Ask before joining: a member that cannot write only costs the group rebalances.
                 connect(settings.dsn, application="sink").close()
-                log.info("back", service=away)
-                away = ""
+                postgres_away = False
+                log.info("back", service="PostgreSQL")
             sink.session()
             return
         except PositionTaken as error:
             log.warning("position taken", problem=str(error), then="rejoins and reads on from the stored positions")
-        except (OperationalError, KafkaException) as error:
-            service = _absent(error)
-            if service is None:
+        except OperationalError as error:
+            if not _postgres_absent(error):
                 raise
-            if not away:
-                log.warning("away", service=service, problem=str(error).strip(), then="waits and comes back")
-            away = service
+            if not postgres_away:
+                postgres_away = True
+                log.warning("away", service="PostgreSQL", problem=str(error).strip(), then="waits and comes back")
+        except KafkaException as error:
+            if not passes(cause := cast(KafkaError, error.args[0])):
+                raise
+            sink.kafka_gone(cause)
         if sink.batches > committed:
             backoff = _BACKOFF_FIRST_S
         stop.wait(backoff)
@@ -124,8 +128,7 @@ class _Sink:
                         self._show_lag(consumer)
                         look_at_lag = time.monotonic() + _LAG_EVERY_S
             finally:
-                self._revoked([TopicPartition(*place) for place in self._positions])
-                consumer.close()
+                consumer.close()  # tells _revoked
 
     def _write(self, connection: "Connection[Any]", batch: Batch, lines: Lines, consumer: Consumer) -> None:
         if not batch.moves:
@@ -195,7 +198,7 @@ class _Sink:
                 )
         self._positions = stored
         consumer.assign([TopicPartition(*place, offset) for place, offset in stored.items()])
-        log.info("assigned", partitions=_named(places))
+        log.info("assigned", partitions=_by_topic(places))
 
     def _revoked(self, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -203,7 +206,7 @@ class _Sink:
                 with suppress(KeyError):
                     metrics.forget(partition.topic, partition.partition, metrics.SINK_POSITION, metrics.SINK_LAG)
         if partitions:
-            log.info("revoked", partitions=_named([(p.topic, p.partition) for p in partitions]))
+            log.info("revoked", partitions=_by_topic([(p.topic, p.partition) for p in partitions]))
 
     def _show_lag(self, consumer: Consumer) -> None:
         """Lag by what the consumer has heard of the log's end: asks nobody, so it may be a fetch old."""
@@ -218,15 +221,20 @@ class _Sink:
         """Told by librdkafka from within ``consume``; it reconnects by itself."""
         if error.fatal():
             raise KafkaException(error)
-        if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._kafka_away:
-            self._kafka_away = True
-            log.warning("away", service="Kafka", problem=error.str(), then="waits and comes back")
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self.kafka_gone(error)
 
     def _on_message_error(self, message: Message, error: KafkaError) -> None:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise LogTruncated(f"{message.topic()} {message.partition()}: {error.str()}; it shrank while it was read")
-        if error.fatal() or not (error.retriable() or error.code() in _PASSING):
+        # Polled too late (PostgreSQL kept it waiting): librdkafka rejoins by itself.
+        if error.code() != KafkaError._MAX_POLL_EXCEEDED and not passes(error):
             raise KafkaException(error)
+
+    def kafka_gone(self, error: KafkaError) -> None:
+        if not self._kafka_away:
+            self._kafka_away = True
+            log.warning("away", service="Kafka", problem=error.str(), then="waits and comes back")
 
     def _look_for_kafka(self, consumer: Consumer) -> None:
         with suppress(KafkaException):
@@ -261,8 +269,12 @@ def _month(day: int) -> date:
     return to_datetime(day * _DAY_US).date().replace(day=1)
 
 
-def _named(places: list[Place]) -> list[str]:
-    return [f"{topic} {partition}" for topic, partition in sorted(places)]
+def _by_topic(places: list[Place]) -> dict[str, list[int]]:
+    """For the log: the partitions of each topic."""
+    by_topic: dict[str, list[int]] = {}
+    for topic, partition in sorted(places):
+        by_topic.setdefault(topic, []).append(partition)
+    return by_topic
 
 
 def _consumer_config(settings: Settings, on_error: Callable[[KafkaError], None]) -> dict[str, Any]:
@@ -312,28 +324,10 @@ def _insert_position(connection: "Connection[Any]", place: Place, beginning: int
     return beginning if inserted else _read_positions(connection, [place])[place]
 
 
-#: Errors librdkafka recovers from by itself.
-_PASSING = frozenset(
-    {
-        KafkaError._TRANSPORT,
-        KafkaError._TIMED_OUT,
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._RESOLVE,
-        KafkaError._MAX_POLL_EXCEEDED,
-        KafkaError._WAIT_COORD,
-        KafkaError.REBALANCE_IN_PROGRESS,
-    }
-)
 #: SQLSTATE classes of a server that is away, overloaded or was interrupted, none of them the statement's fault:
 #: connection, rollback (deadlock, serialization), resources, lock not available, operator, system.
 _ABSENT_STATES = ("08", "40", "53", "55", "57", "58")
 
 
-def _absent(error: OperationalError | KafkaException) -> str | None:
-    """The service that an error shows to be away for now; None for an error that waiting does not mend."""
-    if isinstance(error, KafkaException):
-        cause = cast(KafkaError, error.args[0])
-        passing = not cause.fatal() and (cause.retriable() or cause.code() in _PASSING)
-        return "Kafka" if passing else None
-    passing = error.sqlstate is None or error.sqlstate.startswith(_ABSENT_STATES)
-    return "PostgreSQL" if passing and not isinstance(error, errors.ProgramLimitExceeded) else None
+def _postgres_absent(error: OperationalError) -> bool:
+    return error.sqlstate is None or error.sqlstate.startswith(_ABSENT_STATES)

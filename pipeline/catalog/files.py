@@ -153,7 +153,8 @@ def _number(value: Data, decimals: int, *, above: int) -> int:
 
 
 def _price(value: Data) -> Decimal:
-    return Decimal(f"{_number(value, PRICE_DECIMALS, above=-1)}E-{PRICE_DECIMALS}")
+    _number(value, PRICE_DECIMALS, above=-1)
+    return Decimal(value)
 
 
 def _quantity(value: Data) -> int:

@@ -117,7 +117,7 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """The file's data and places. What is not YAML is a finding, not an error. Raises OSError when it cannot be read."""
+    """The file's data and places. What is not YAML is a finding, not an error. Raises OSError when unreadable."""
     source = Source(str(path))
     try:
         root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
@@ -131,42 +131,38 @@ def read(path: Path) -> Source:
         if root is None:
             source.findings.append(Finding(source.file, 1, "", "expected a mapping, got an empty file"))
         else:
-            source.data = _data(source, root, (), ())
+            mistakes: list[tuple[Key, int, str]] = []
+            source.data = _data(source, root, (), (), mistakes)
+            for at, line, message in mistakes:  # said now, since places show ids, which stand in the data
+                source.findings.append(Finding(source.file, line, source._shown(at), message))
     return source
 
 
-def _data(source: Source, node: yaml.Node, path: Key, above: tuple[yaml.Node, ...]) -> Data:
+def _data(
+    source: Source, node: yaml.Node, path: Key, above: tuple[yaml.Node, ...], mistakes: list[tuple[Key, int, str]]
+) -> Data:
     source._lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == _NULL else str(node.value)
     if node in above:
-        source.report(path, "expected a value, got an alias of what it stands in")
+        mistakes.append((path, node.start_mark.line + 1, "expected a value, got an alias of what it stands in"))
         return None
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
-        return [_data(source, part, (*path, index), above) for index, part in enumerate(node.value)]
+        return [_data(source, part, (*path, index), above, mistakes) for index, part in enumerate(node.value)]
     data: dict[str, Data] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            source.findings.append(
-                Finding(source.file, line, source._shown(path), "expected a word as key, got a list")
-            )
+            mistakes.append((path, line, "expected a word as key, got a list or mapping"))
             continue
         key = str(key_node.value)
         if key in data:
             first = source._key_lines[*path, key]
-            source.findings.append(
-                Finding(
-                    source.file,
-                    line,
-                    source._shown((*path, key)),
-                    f"expected each key once, got it on line {first} too",
-                )
-            )
+            mistakes.append(((*path, key), line, f"expected each key once, got it on line {first} too"))
             continue
         source._key_lines[*path, key] = line
-        data[key] = _data(source, value_node, (*path, key), above)
+        data[key] = _data(source, value_node, (*path, key), above, mistakes)
     return data
 
 

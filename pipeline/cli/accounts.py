@@ -1,4 +1,124 @@
+"""`tally accounts …`: who is billed, and by which contracts."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
 import typer
+from rich.table import Table
+
+from pipeline.catalog import store
+from pipeline.catalog.files import read_account_files
+from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.output import EXIT_NOT_FOUND, emit_json, err, fail, out
+from pipeline.cli.publishing import publish_and_show
+from pipeline.core.contracts import Account, Contract
+from pipeline.core.periods import format_instant
+from pipeline.infra.postgres import connect
+
+_accounts = typer.Typer(no_args_is_help=True, help="Accounts and contracts: apply files, and look at what is there.")
 
 
-def register(app: typer.Typer) -> None: ...
+def register(app: typer.Typer) -> None:
+    app.add_typer(_accounts, name="accounts")
+
+
+@_accounts.command()
+def apply(
+    files: Annotated[
+        list[Path], typer.Argument(help="Account files; together they are one whole.", exists=True, dir_okay=False)
+    ],
+    reason: Annotated[str, typer.Option(help="Why, for the audit log.")] = "",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Apply account files: each changed account and contract becomes a new version, all or none.
+
+    What the files do not name stays as it is.
+    """
+    publish_and_show(settings_for(data_dir), read_account_files(files), reason=reason, as_json=as_json)
+
+
+@_accounts.command("list")
+def list_(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """All accounts with their contracts."""
+    with connect(settings_for(data_dir).dsn, application="accounts") as connection:
+        accounts = [cast(Account, version.item) for version in store.current(connection, "account")]
+        contracts: dict[str, list[Contract]] = {account.id: [] for account in accounts}
+        for contract in store.contracts_of(connection, contracts):
+            contracts[contract.account].append(contract)
+    if as_json:
+        emit_json([_account_json(account, contracts[account.id]) for account in accounts])
+        return
+    table = Table("account", "name", "time zone", "contract", "plan", "from", "until")
+    for account in accounts:
+        head = (account.id, account.name, account.time_zone)
+        for index, row in enumerate([_contract_row(contract) for contract in contracts[account.id]] or [("",) * 4]):
+            table.add_row(*(head if index == 0 else ("",) * 3), *row)
+    out.print(table)
+    if not accounts:
+        err.print("No account yet: `tally accounts apply FILE`.")
+
+
+@_accounts.command()
+def show(
+    account: Annotated[str, typer.Argument(metavar="ID", help="Account id.")],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """One account, its contracts, and every version of both."""
+    with connect(settings_for(data_dir).dsn, application="accounts") as connection:
+        versions = store.versions(connection, "account", account)
+        if not versions:
+            fail(f"expected a known account, got {account!r}; `tally accounts list` shows them", EXIT_NOT_FOUND)
+        contracts = store.contracts_of(connection, [account])
+        history = [*versions, *(v for c in contracts for v in store.versions(connection, "contract", c.id))]
+    item = cast(Account, versions[-1].item)
+    if as_json:
+        emit_json({**_account_json(item, contracts), "versions": [_version_json(version) for version in history]})
+        return
+    out.print(f"[bold]{item.id}[/]: {item.name}, billed by months of {item.time_zone}", highlight=False)
+    table = Table("contract", "plan", "from", "until")
+    for contract in contracts:
+        table.add_row(*_contract_row(contract))
+    out.print(table)
+    changes = Table("", "id", "version", "published", "by", "reason")
+    for version in history:
+        entry = version.entry
+        published = f"{version.published_at:%Y-%m-%d %H:%M:%S} UTC"
+        changes.add_row(entry.kind, entry.id, str(entry.version), published, version.published_by, version.reason)
+    out.print(changes)
+
+
+def _contract_row(contract: Contract) -> tuple[str, str, str, str]:
+    until = "open end" if contract.end_us is None else format_instant(contract.end_us)
+    return contract.id, contract.plan, format_instant(contract.start_us), until
+
+
+def _account_json(account: Account, contracts: list[Contract]) -> dict[str, Any]:
+    return {
+        "id": account.id,
+        "version": account.version,
+        "name": account.name,
+        "time_zone": account.time_zone,
+        "contracts": [
+            {
+                "id": contract.id,
+                "version": contract.version,
+                "plan": contract.plan,
+                "start": format_instant(contract.start_us),
+                "end": None if contract.end_us is None else format_instant(contract.end_us),
+            }
+            for contract in contracts
+        ],
+    }
+
+
+def _version_json(version: store.Version) -> dict[str, Any]:
+    return {
+        "kind": version.entry.kind,
+        "id": version.entry.id,
+        "version": version.entry.version,
+        "published_at": version.published_at,
+        "published_by": version.published_by,
+        "reason": version.reason,
+    }

@@ -1,4 +1,777 @@
+"""``tally dlq``: refused events, by reason; what they are, and what a person decides about them."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any
+
+import psycopg
 import typer
+from psycopg import Connection
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.output import EXIT_ERROR, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
+from pipeline.core.money import plain
+from pipeline.core.reasons import Reason
+from pipeline.infra.avro import Record, Schemas, load_schemas
+from pipeline.infra.clock import instant
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import Topics
+from pipeline.operations import dead_letters
+from pipeline.operations.ages import age, span
+from pipeline.operations.at_risk import Money, estimator
+from pipeline.operations.dead_letters import AtRisk, Decided, Origin, Pick, ReasonCount, Selection, UnratedEvent
+from pipeline.operations.events import Mend, NotAnEvent, mended, parse_mend, parse_time, read_event
+from pipeline.operations.replay import Replayed, ReplayError, replay
+
+#: Origins named before the rest is only counted.
+_NAMED_MAX = 20
+#: Bytes shown of a value that is no event.
+_DUMPED_MAX = 512
+#: Time between two looks for what became of a replay, seconds.
+_OUTCOME_LOOK_S = 0.1
+
+group = typer.Typer(help="Dead letters: events that could not be rated.", no_args_is_help=True)
 
 
-def register(app: typer.Typer) -> None: ...
+def register(app: typer.Typer) -> None:
+    app.add_typer(group, name="dlq")
+
+
+class ListedState(StrEnum):
+    DEAD_LETTERED = "dead_lettered"
+    PARKED = "parked"
+
+
+Origins = Annotated[
+    list[str] | None, typer.Argument(metavar="ORIGIN", help="usage.events/2/17, or 2/17: partition/offset.")
+]
+ByReason = Annotated[Reason | None, typer.Option("--reason", help="Only this reason.", metavar="REASON")]
+ByAccount = Annotated[str | None, typer.Option("--account", help="Only this account.")]
+Since = Annotated[str | None, typer.Option(metavar="TIME", help="Only what arrived then or later; UTC.")]
+Until = Annotated[str | None, typer.Option(metavar="TIME", help="Only what arrived before; UTC.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead letter that was not discarded.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, oldest first.")]
+Why = Annotated[str | None, typer.Option(help="The reason for the audit record.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, change nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+# -- list
+
+
+@group.command("list")
+def list_(
+    reason: ByReason = None,
+    account: ByAccount = None,
+    state: Annotated[ListedState, typer.Option(help="Dead letters, or events parked until they can be rated.")] = (
+        ListedState.DEAD_LETTERED
+    ),
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option(min=0, help="Most events shown, newest first.")] = 20,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """List refused events by reason, with the money at risk where it is known.
+
+    What is at risk is an estimate: each event priced on its own, with the catalog as it is now.
+    """
+    selection = Selection(state.value, reason, account, _time(since, "--since"), _time(until, "--until"))
+    settings = settings_for(data_dir)
+    schemas = load_schemas(settings.registry_url)
+    with _connected(settings) as connection:
+        counts = dead_letters.reasons(connection, selection)
+        estimate, totals = dead_letters.at_risk(connection, selection, schemas)
+        events = dead_letters.newest(connection, selection, limit)
+    money = {event.origin: estimate(event.value) for event in events}
+    now = datetime.now(UTC)
+    if json_:
+        emit_json(
+            {
+                "state": state.value,
+                "events": sum(one.events for one in counts),
+                "estimated_events": sum(total.priced + total.unknown for total in totals.values()),
+                "reasons": [_reason_json(one, totals.get(one.reason), now) for one in counts],
+                "rows": [_event_json(event, money[event.origin], now) for event in events],
+            }
+        )
+    elif not counts:
+        err.print("no such events" if selection != Selection(state.value) else f"no {_WORDS[state]}")
+    else:
+        out.print(_draw_list(counts, totals, events, money, now))
+
+
+_WORDS = {ListedState.DEAD_LETTERED: "dead letters", ListedState.PARKED: "parked events"}
+
+
+def _draw_list(
+    counts: list[ReasonCount],
+    totals: dict[str, AtRisk],
+    events: list[UnratedEvent],
+    money: dict[Origin, Money | None],
+    now: datetime,
+) -> RenderableType:
+    table = _table("reason", "events", "oldest", "at risk ≈", "decided", right=("events",))
+    for one in counts:
+        decided = [f"{one.discarded:,} discarded"] if one.discarded else []
+        decided += [f"{one.replaying:,} being replayed"] if one.replaying else []
+        table.add_row(
+            Text(one.reason, "bold"),
+            f"{one.events:,}",
+            age(one.oldest_at, now),
+            _at_risk_text(totals.get(one.reason), one.events),
+            ", ".join(decided),
+        )
+    parts: list[RenderableType] = [table]
+    for one in counts:
+        mine = [event for event in events if event.reason == one.reason]
+        if mine:
+            parts.append(Text(one.reason, "bold"))
+            parts += _cards(mine, money, now)
+            parts.append(Text())
+    total = sum(one.events for one in counts)
+    if len(events) < total:
+        parts.append(Text(f"the newest {len(events):,} of {total:,}; --limit shows more", "dim"))
+    if events:
+        parts.append(Text(f"tally dlq show {_short(events[0].origin)} tells all about one", "dim"))
+    return Group(*parts)
+
+
+def _cards(events: list[UnratedEvent], money: dict[Origin, Money | None], now: datetime) -> Iterator[RenderableType]:
+    """Two lines and more for each event: what it is, aligned, and below it why it was refused."""
+    rows = [
+        (
+            _short(event.origin),
+            event.account or "–",
+            event.event_type or "–",
+            _clipped(event.idempotency_key or "–", 36),
+            f"{event.event_time:%Y-%m-%d %H:%M:%S}" if event.event_time else "–",
+        )
+        for event in events
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for event, row in zip(events, rows, strict=True):
+        origin, *rest = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        yield Text.assemble("  ", (origin, "cyan"), "  ", "  ".join(rest).rstrip(), no_wrap=True, overflow="ellipsis")
+        facts = [f"{age(event.appended_at, now)} old", _times(event.attempts, "attempt")]
+        if amount := money[event.origin]:
+            facts.append(f"≈ {plain(amount.amount)} {amount.currency}")
+        if decision := _decision_text(event, now):
+            facts.append(decision)
+        yield Padding(Text(event.message or ""), (0, 0, 0, 6))
+        yield Padding(Text(" · ".join(facts), "dim"), (0, 0, 0, 6))
+
+
+def _at_risk_text(total: AtRisk | None, events: int) -> str:
+    if total is None or not total.priced:
+        return "unknown"
+    texts = [f"{plain(amount)} {currency}" for currency, amount in sorted(total.amounts.items())]
+    if (left := events - total.priced) > 0:
+        texts.append(f"{left:,} unknown")
+    return ", ".join(texts)
+
+
+# -- show
+
+
+@group.command()
+def show(
+    origin: Annotated[str, typer.Argument(help="usage.events/2/17, or 2/17: partition/offset.")],
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """Show everything about one refused event: what it says, why it was refused, what was decided."""
+    settings = settings_for(data_dir)
+    schemas = load_schemas(settings.registry_url)
+    place = _origin(origin, settings)
+    with _connected(settings) as connection:
+        event = dead_letters.find(connection, [place]).get(place)
+        if event is None:
+            fail(_unknown(place), EXIT_NOT_FOUND)
+        decisions = dead_letters.history(connection, place)
+        money = estimator(connection, [event.account] if event.account else [], schemas)(event.value)
+    decoded, problem = _decoded(event.value, schemas)
+    now = datetime.now(UTC)
+    if json_:
+        emit_json(
+            _event_json(event, money, now)
+            | {
+                "letter": {
+                    "topic": event.letter_topic,
+                    "partition": event.letter_partition,
+                    "offset": event.letter_offset,
+                },
+                "event": decoded,
+                "event_problem": problem,
+                "key": event.key,
+                "value": event.value,
+                "history": [one._asdict() for one in decisions],
+            }
+        )
+    else:
+        out.print(_draw_event(event, decoded, problem, money, decisions, now))
+
+
+def _decoded(value: bytes | None, schemas: Schemas) -> tuple[Record | None, str | None]:
+    """The event as it came, its time readable; or why it is none."""
+    try:
+        event = read_event(value, schemas)
+    except NotAnEvent as error:
+        return None, str(error)
+    try:
+        return event | {"timestamp": instant(event["timestamp"])}, None
+    except OverflowError:
+        return event | {"timestamp": f"{event['timestamp']} microseconds since 1970"}, None
+
+
+def _draw_event(
+    event: UnratedEvent,
+    decoded: Record | None,
+    problem: str | None,
+    money: Money | None,
+    decisions: list[Decided],
+    now: datetime,
+) -> RenderableType:
+    style = {"dead_lettered": "red", "parked": "yellow"}.get(event.state, "green")
+    state = "being replayed" if event.replaying else event.state.replace("_", "-")
+    parts: list[RenderableType] = [
+        Text.assemble(("● ", style), (str(event.origin), "bold"), "  ", (state, style), f"  {event.reason or ''}")
+    ]
+    if event.message:
+        parts.append(Padding(Text(event.message), (0, 0, 0, 2)))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(event, money, now):
+        if value:
+            facts.add_row(name, value)
+    parts += [Text(), Padding(facts, (0, 0, 0, 2)), Text()]
+    if decoded is not None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in decoded.items():
+            if name == "properties":
+                continue
+            grid.add_row(name, _shown(value))
+        for name, value in sorted(decoded["properties"].items()):
+            grid.add_row(f"  {name}", Text(value))
+        parts += [Text("event", "bold"), Padding(grid, (0, 0, 0, 2))]
+    else:
+        parts += [
+            Text("bytes", "bold"),
+            Padding(Text(problem or "", "dim"), (0, 0, 0, 2)),
+            *(Padding(Text(line, no_wrap=True), (0, 0, 0, 2)) for line in hex_dump(event.value or b"")),
+        ]
+    if decisions:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        for one in decisions:
+            detail = {name: value for name, value in one.detail.items() if name not in ("why", "original_value")}
+            grid.add_row(
+                f"{one.at:%Y-%m-%d %H:%M:%S}",
+                Text(one.action, "bold"),
+                one.actor,
+                Text(f"{one.detail.get('why', '')}  "),
+                Text(", ".join(f"{name}={value}" for name, value in detail.items()), "dim"),
+            )
+        parts += [Text(), Text("decided", "bold"), Padding(grid, (0, 0, 0, 2))]
+    if hint := _next_step(event):
+        parts += [Text(), Text(hint, "dim")]
+    return Group(*parts)
+
+
+def _facts(event: UnratedEvent, money: Money | None, now: datetime) -> Iterator[tuple[str, str]]:
+    yield "arrived", f"{_moment(event.appended_at)}  ({age(event.appended_at, now)} ago)"
+    yield "refused by", f"stage {event.stage}" if event.stage else ""
+    yield "tried", ", ".join([_times(event.attempts, "attempt"), _times(event.replays, "replay")])
+    if event.state == "parked" and not event.replaying and event.not_before is not None:
+        wait = (event.not_before - now).total_seconds()
+        yield "next attempt", f"{_moment(event.not_before)}  ({'in ' + span(wait) if wait > 0 else 'due'})"
+    yield "at risk", f"≈ {plain(money.amount)} {money.currency} (alone, with today's catalog)" if money else "unknown"
+    yield "decision", _decision_text(event, now)
+    if event.letter_topic and event.letter_offset is not None and event.letter_offset >= 0:
+        yield "letter", f"{event.letter_topic}/{event.letter_partition}/{event.letter_offset}"
+
+
+def _next_step(event: UnratedEvent) -> str:
+    if event.state != "dead_lettered":
+        return ""
+    if event.reason == Reason.CONFLICTING_DUPLICATE:
+        return "its key was billed with other content: discard it, or have it sent again under a new key"
+    return f'tally dlq replay {_short(event.origin)} --why "…", with --set NAME=VALUE to mend it; or tally dlq discard'
+
+
+def hex_dump(data: bytes) -> Iterator[str]:
+    """Offset, 16 bytes in hex, and their ASCII, a line each; at most ``_DUMPED_MAX`` bytes."""
+    for start in range(0, min(len(data), _DUMPED_MAX), 16):
+        some = data[start : start + 16]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in some)
+        yield f"{start:06x}  {some[:8].hex(' '):<23}  {some[8:].hex(' '):<23}  {text}"
+    if len(data) > _DUMPED_MAX:
+        yield f"… {len(data) - _DUMPED_MAX:,} bytes more; --json has them all"
+    if not data:
+        yield "no value"
+
+
+# -- replay and discard
+
+
+@group.command("replay")
+def replay_(
+    origins: Origins = None,
+    reason: ByReason = None,
+    account: ByAccount = None,
+    since: Since = None,
+    until: Until = None,
+    everything: All = False,
+    limit: Limit = None,
+    why: Why = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Mend a copy first: a property, or account, event_type, timestamp, subject. Repeat. "
+            "The idempotency key is kept.",
+        ),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Wait so long to see what becomes of them.")
+    ] = 5.0,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """Have dead letters judged again, as they came or mended; each is billed at most once.
+
+    The age of an event is still judged at its first arrival. Discarded ones are replayed only when named by origin.
+    """
+    chosen = _chosen(origins, reason, account, since, until, everything, limit, why, dry_run=dry_run)
+    try:
+        mend = parse_mend(set_ or [])
+    except ValueError as error:
+        fail(f"--set: {error}", EXIT_USAGE)
+    settings = settings_for(data_dir)
+    schemas = load_schemas(settings.registry_url)
+    with _connected(settings) as connection:
+        picks = chosen.picks(connection, settings, dead_letters.to_replay, "replay")
+        if dry_run:
+            _preview_replay(connection, picks, mend, schemas, as_json=json_)
+            return
+        _confirm(picks, "replay", yes=yes)
+        with _progress("replaying", len(picks)) as advance:
+            try:
+                done = replay(connection, settings, schemas, picks, why=why or "", mend=mend, on_portion=advance)
+            except ReplayError as error:
+                fail(str(error))
+        outcomes = _outcomes(connection, [*done.sent, *done.finished], wait)
+    _report_replay(done, outcomes, as_json=json_)
+    if done.refused or (done.moved_on and origins):
+        raise typer.Exit(EXIT_ERROR)
+
+
+@group.command()
+def discard(
+    origins: Origins = None,
+    reason: ByReason = None,
+    account: ByAccount = None,
+    since: Since = None,
+    until: Until = None,
+    everything: All = False,
+    limit: Limit = None,
+    why: Why = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """Decide that dead letters will not be billed. They stay counted as dead-lettered; a replay undoes it."""
+    chosen = _chosen(origins, reason, account, since, until, everything, limit, why, dry_run=dry_run)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        picks = chosen.picks(connection, settings, dead_letters.to_discard, "discard")
+        if dry_run:
+            _preview(picks, "would discard", as_json=json_)
+            return
+        _confirm(picks, "discard", yes=yes)
+        discarded = dead_letters.discard(connection, picks, actor=settings.actor, why=why or "")
+    done = set(discarded)
+    moved_on = [pick.origin for pick in picks if pick.origin not in done]
+    if json_:
+        emit_json({"discarded": _names(discarded), "moved_on": _names(moved_on)})
+    else:
+        err.print(f"discarded {_events(len(discarded))}; a replay undoes it")
+        _say_moved_on(moved_on)
+    if moved_on and origins:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Which events a decision is about, as the command line said it: by origin or by selection."""
+
+    origins: tuple[str, ...]
+    selection: Selection
+    limit: int | None
+
+    def picks(
+        self,
+        connection: "Connection[Any]",
+        settings: Settings,
+        select: Callable[["Connection[Any]", Selection, int | None], list[Pick]],
+        verb: str,
+    ) -> list[Pick]:
+        """The events. Fails with exit code 3 for an origin nobody knows, 1 for one that is no dead letter."""
+        if not self.origins:
+            return select(connection, self.selection, self.limit)
+        places = list(dict.fromkeys(_origin(text, settings) for text in self.origins))
+        found = dead_letters.find(connection, places)
+        if unknown := [_unknown(place) for place in places if place not in found]:
+            fail("\n".join(unknown), EXIT_NOT_FOUND)
+        now = datetime.now(UTC)
+        if wrong := [text for place in places if (text := _not_for(verb, found[place], now))]:
+            fail("\n".join(wrong))
+        events = [found[place] for place in places]
+        return [Pick(event.origin, event.replays, event.reason or "", event.unfinished) for event in events]
+
+
+def _chosen(
+    origins: list[str] | None,
+    reason: Reason | None,
+    account: str | None,
+    since: str | None,
+    until: str | None,
+    everything: bool,
+    limit: int | None,
+    why: str | None,
+    *,
+    dry_run: bool,
+) -> _Chosen:
+    """Check that the command line names events in one way, and why."""
+    filters = any(one is not None for one in (reason, account, since, until))
+    if bool(origins) + filters + everything != 1:
+        fail("say which events in one way: by ORIGIN…, by --reason, --account, --since, --until, or --all", EXIT_USAGE)
+    if not dry_run and not (why or "").strip():
+        fail('say why, for the audit record: --why "…"', EXIT_USAGE)
+    selection = Selection("dead_lettered", reason, account, _time(since, "--since"), _time(until, "--until"))
+    return _Chosen(tuple(origins or ()), selection, limit)
+
+
+def _not_for(verb: str, event: UnratedEvent, now: datetime) -> str | None:
+    """Why this event cannot be replayed or discarded; None when it can."""
+    if event.unfinished and verb == "replay":
+        return None
+    if event.replaying:
+        return f"{event.origin} is being replayed already: the rater has not judged it yet"
+    if event.state == "parked":
+        wait = (event.not_before - now).total_seconds() if event.not_before else 0
+        when = f"next in {span(wait)}" if wait > 0 else "now"
+        return (
+            f"{event.origin} is parked ({event.reason}), no dead letter: it is tried again by itself, {when}, "
+            "and as soon as the catalog has an answer"
+        )
+    if event.state != "dead_lettered":
+        return f"{event.origin} is {event.state} already: there is nothing to {verb}"
+    if event.discarded and verb == "discard":
+        return f"{event.origin} was discarded already, by {event.decided_by}: {event.decision_reason}"
+    return None
+
+
+def _confirm(picks: Sequence[Pick], verb: str, *, yes: bool) -> None:
+    """Ask before more than one event is touched; where nobody can answer, --yes must stand."""
+    if yes or len(picks) < 2:
+        return
+    if not sys.stdin.isatty():
+        fail(f"would {verb} {_events(len(picks))}: there is no terminal to ask on, so say --yes", EXIT_USAGE)
+    err.print(_by_reason(picks))
+    typer.confirm(f"{verb} {_events(len(picks))}?", abort=True, err=True)
+
+
+def _preview(picks: Sequence[Pick], would: str, *, as_json: bool) -> None:
+    if as_json:
+        emit_json({"dry_run": True, "events": [{"origin": str(one.origin), "reason": one.reason} for one in picks]})
+        return
+    if not picks:
+        err.print("no such dead letters")
+        return
+    out.print(Text(f"{would} {_events(len(picks))}", "bold"))
+    out.print(_by_reason(picks))
+    names = [_short(pick.origin) for pick in picks[:_NAMED_MAX]]
+    more = f" and {len(picks) - _NAMED_MAX:,} more" if len(picks) > _NAMED_MAX else ""
+    out.print(Text(f"{' '.join(names)}{more}", "dim"))
+
+
+def _preview_replay(
+    connection: "Connection[Any]", picks: Sequence[Pick], mend: Mend, schemas: Schemas, *, as_json: bool
+) -> None:
+    """What a replay would send, and what it would cost alone, of the first events that would go."""
+    found = dead_letters.find(connection, [pick.origin for pick in picks[:_NAMED_MAX]])
+    shown: list[tuple[UnratedEvent, bytes | None, str | None]] = []
+    for event in found.values():
+        try:
+            shown.append((event, mended(event.value, mend, schemas) if mend else event.value, None))
+        except NotAnEvent as error:
+            shown.append((event, None, f"cannot be mended: {error}"))
+    accounts = [one.account for one in found.values() if one.account]
+    if isinstance(new := mend.fields.get("account"), str):
+        accounts.append(new)
+    estimate = estimator(connection, accounts, schemas)
+    if as_json:
+        emit_json(
+            {
+                "dry_run": True,
+                "events": len(picks),
+                "shown": [
+                    {
+                        "origin": str(event.origin),
+                        "reason": event.reason,
+                        "event": _decoded(value, schemas)[0],
+                        "problem": problem,
+                        "at_risk": _money_json(estimate(value)),
+                    }
+                    for event, value, problem in shown
+                ],
+            }
+        )
+        return
+    if not picks:
+        err.print("no such dead letters")
+        return
+    out.print(Text(f"would replay {_events(len(picks))}", "bold"))
+    table = _table("origin", "refused for", "account", "key", "alone ≈")
+    for event, value, problem in shown:
+        money = estimate(value)
+        decoded = _decoded(value, schemas)[0] or {}
+        table.add_row(
+            Text(_short(event.origin), "cyan"),
+            event.reason,
+            decoded.get("account", "–"),
+            decoded.get("idempotency_key", "–"),
+            problem or (f"{plain(money.amount)} {money.currency}" if money else "unknown"),
+        )
+    out.print(table)
+    if len(picks) > len(shown):
+        out.print(Text(f"and {len(picks) - len(shown):,} more", "dim"))
+    if mend:
+        out.print(Text(f"each with {', '.join(f'{k} = {v}' for k, v in _mend_texts(mend))}", "dim"))
+
+
+def _mend_texts(mend: Mend) -> Iterator[tuple[str, object]]:
+    for name, value in mend.fields.items():
+        yield name, instant(value) if isinstance(value, int) else value
+    yield from mend.properties.items()
+
+
+def _outcomes(connection: "Connection[Any]", origins: list[Origin], wait: float) -> dict[Origin, UnratedEvent]:
+    """The replayed events as they stand once all are judged, or the wait is over."""
+    until = time.monotonic() + wait
+    while True:
+        found = dead_letters.find(connection, origins)
+        if not any(event.replaying for event in found.values()) or time.monotonic() >= until:
+            return found
+        time.sleep(_OUTCOME_LOOK_S)
+
+
+def _report_replay(done: Replayed, outcomes: dict[Origin, UnratedEvent], *, as_json: bool) -> None:
+    if as_json:
+        emit_json(
+            {
+                "replayed": _names(done.sent),
+                "finished": _names(done.finished),
+                "moved_on": _names(done.moved_on),
+                "refused": [{"origin": str(origin), "problem": problem} for origin, problem in done.refused],
+                "outcomes": [
+                    {
+                        "origin": str(origin),
+                        "state": "replaying" if event.replaying else event.state,
+                        "reason": None if event.state in ("rated", "duplicate") else event.reason,
+                        "message": None if event.state in ("rated", "duplicate") else event.message,
+                    }
+                    for origin, event in outcomes.items()
+                ],
+            }
+        )
+        return
+    err.print(f"replayed {_events(len(done.sent))}" if done.sent or not done.finished else "", end="")
+    if done.finished:
+        err.print(f"{'; ' if done.sent else ''}finished {_events(len(done.finished))} decided before", end="")
+    err.print()
+    _say_moved_on(done.moved_on)
+    for origin, problem in done.refused[:_NAMED_MAX]:
+        err.print(Text(f"{_short(origin)} {problem}"), style="red")
+    states: dict[str, int] = {}
+    for event in outcomes.values():
+        state = "not judged yet" if event.replaying else event.state.replace("_", "-")
+        if event.state in ("dead_lettered", "parked") and not event.replaying:
+            state += f" ({event.reason})"
+        states[state] = states.get(state, 0) + 1
+    if states:
+        out.print("now " + ", ".join(f"{count:,} {state}" for state, count in sorted(states.items())), highlight=False)
+
+
+def _say_moved_on(origins: Sequence[Origin]) -> None:
+    if origins:
+        names = " ".join(_short(origin) for origin in origins[:_NAMED_MAX])
+        err.print(f"left alone, since they changed meanwhile: {names}{' …' if len(origins) > _NAMED_MAX else ''}")
+
+
+# -- shared
+
+
+@contextmanager
+def _connected(settings: Settings) -> Iterator["Connection[Any]"]:
+    with connect(settings.dsn, application="dlq", autocommit=True) as connection:
+        try:
+            yield connection
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            fail("PostgreSQL has no tables of Tally yet: run `tally up`, or `tally migrate` on your own server")
+
+
+@contextmanager
+def _progress(what: str, events: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where there is a terminal and something to wait for."""
+    if not err.is_terminal or events < 2:
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=err, transient=True) as display:
+        task = display.add_task(what, total=events)
+        yield lambda done: display.update(task, advance=done)
+
+
+def _origin(text: str, settings: Settings) -> Origin:
+    try:
+        return dead_letters.parse_origin(text, Topics(settings.topic_prefix))
+    except ValueError as error:
+        fail(str(error), EXIT_USAGE)
+
+
+def _time(text: str | None, option: str) -> datetime | None:
+    try:
+        return None if text is None else parse_time(text)
+    except ValueError as error:
+        fail(f"{option}: {error}", EXIT_USAGE)
+
+
+def _unknown(origin: Origin) -> str:
+    return f"{origin} was never refused: it was rated at first sight (`tally explain` shows it), or not read yet"
+
+
+def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", header_style="dim")
+    return table
+
+
+def _by_reason(picks: Sequence[Pick]) -> Table:
+    table = _table("reason", "events", right=("events",))
+    for reason in sorted({pick.reason for pick in picks}):
+        table.add_row(reason, f"{sum(pick.reason == reason for pick in picks):,}")
+    return table
+
+
+def _short(origin: Origin) -> str:
+    return f"{origin.partition}/{origin.offset}"
+
+
+def _names(origins: Sequence[Origin]) -> list[str]:
+    return [str(origin) for origin in origins]
+
+
+def _events(count: int) -> str:
+    return _times(count, "event")
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _shown(value: object) -> str:
+    return _moment(value) if isinstance(value, datetime) else str(value)
+
+
+def _moment(at: datetime | None) -> str:
+    return "–" if at is None else f"{at:%Y-%m-%d %H:%M:%S.%f}".rstrip("0").rstrip(".") + " UTC"
+
+
+def _decision_text(event: UnratedEvent, now: datetime) -> str:
+    if event.decision is None:
+        return ""
+    who = f"by {event.decided_by}, {age(event.decided_at, now)} ago: {event.decision_reason}"
+    if event.unfinished:
+        return f"replay decided {who}; not seen on the retry topic yet, replay it again to make sure"
+    if event.replaying:
+        return f"being replayed {who}"
+    return f"discarded {who}" if event.decision == "discard" else f"replayed {who}"
+
+
+def _reason_json(one: ReasonCount, total: AtRisk | None, now: datetime) -> dict[str, Any]:
+    amounts = {} if total is None else total.amounts
+    return {
+        "reason": one.reason,
+        "events": one.events,
+        "discarded": one.discarded,
+        "replaying": one.replaying,
+        "oldest_at": one.oldest_at,
+        "oldest_age_seconds": _age_json(one.oldest_at, now),
+        "next_due_at": one.next_due_at,
+        "at_risk": [{"amount": amounts[currency], "currency": currency} for currency in sorted(amounts)],
+        "at_risk_events": 0 if total is None else total.priced,
+    }
+
+
+def _event_json(event: UnratedEvent, money: Money | None, now: datetime) -> dict[str, Any]:
+    return {
+        "origin": str(event.origin),
+        "topic": event.origin_topic,
+        "partition": event.origin_partition,
+        "offset": event.origin_offset,
+        "state": event.state,
+        "replaying": event.replaying,
+        "reason": event.reason,
+        "stage": event.stage,
+        "message": event.message,
+        "account": event.account,
+        "event_type": event.event_type,
+        "idempotency_key": event.idempotency_key,
+        "event_time": event.event_time,
+        "appended_at": event.appended_at,
+        "age_seconds": _age_json(event.appended_at, now),
+        "attempts": event.attempts,
+        "replays": event.replays,
+        "parked_at": event.parked_at,
+        "not_before": event.not_before if event.state == "parked" and not event.replaying else None,
+        "at_risk": _money_json(money),
+        "decision": event.decision,
+        "decided_at": event.decided_at,
+        "decided_by": event.decided_by,
+        "decision_reason": event.decision_reason,
+    }
+
+
+def _money_json(money: Money | None) -> dict[str, Decimal | str] | None:
+    return None if money is None else {"amount": money.amount, "currency": money.currency}
+
+
+def _age_json(at: datetime | None, now: datetime) -> float | None:
+    return None if at is None else round((now - at).total_seconds(), 1)

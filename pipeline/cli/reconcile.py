@@ -1,4 +1,85 @@
+"""`tally reconcile`: law 8, everything that arrived is accounted for, or where not."""
+
+from decimal import Decimal
+from typing import Annotated
+
 import typer
+from rich.table import Table
+
+from pipeline.billing.reconcile import Check, Reconciliation
+from pipeline.billing.reconcile import reconcile as run_checks
+from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.output import EXIT_FINDINGS, emit_json, err, out
 
 
-def register(app: typer.Typer) -> None: ...
+def register(app: typer.Typer) -> None:
+    app.command()(reconcile)
+
+
+def reconcile(
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers to catch up.")] = 0,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Sequence numbers may be this late before they count as lost."),
+    ] = 0,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that what arrived is rated, duplicate, parked or dead-lettered, and that rows add up to lines. Exit code 4 on a difference."""
+    result = run_checks(settings_for(data_dir), wait_s=wait, grace_s=grace)
+    if as_json:
+        emit_json(as_data(result))
+    else:
+        show(result)
+    if not result.reconciled:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def as_data(result: Reconciliation) -> dict[str, object]:
+    """The reconciliation as one JSON-ready object."""
+    return {
+        "reconciled": result.reconciled,
+        "checks": [
+            {
+                "name": check.name,
+                "left": check.left,
+                "right": check.right,
+                "difference": check.difference,
+                "detail": check.detail,
+            }
+            for check in result.checks
+        ],
+        "lags": [{"topic": lag.topic, "stage": lag.stage, "offsets": lag.offsets} for lag in result.lags],
+    }
+
+
+def show(result: Reconciliation) -> None:
+    """A table for people on stdout; what it means, and what to do, on stderr."""
+    table = Table()
+    table.add_column("check")
+    for column in ("left", "right", "difference"):
+        table.add_column(column, justify="right")
+    table.add_column("detail")
+    for check in result.checks:
+        table.add_row(*_row(check))
+    out.print(table)
+    behind = [f"{lag.stage} by {lag.offsets:,} on {lag.topic}" for lag in result.lags if lag.offsets]
+    if behind:
+        err.print(
+            f"Workers are behind: {', '.join(behind)}. `tally reconcile --wait 60` waits for them.", highlight=False
+        )
+    if result.reconciled:
+        err.print("[green]Reconciled[/]: no difference.")
+    else:
+        err.print("[red]Not reconciled[/]" + (": differences may only be lag." if behind else "."))
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    difference = _number(check.difference)
+    style = "[red]" if check.difference else "[green]"
+    return check.name, _number(check.left), _number(check.right), f"{style}{difference}", check.detail
+
+
+def _number(value: Decimal) -> str:
+    text = f"{value:,f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

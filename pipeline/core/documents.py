@@ -19,7 +19,7 @@ from pipeline.core.money import (
     quantity_decimal,
     scaled,
 )
-from pipeline.core.periods import format_instant, parse_instant, to_micros
+from pipeline.core.periods import format_instant, parse_instant
 from pipeline.core.plans import Plan
 
 Kind: TypeAlias = Literal["account", "contract", "meter", "plan"]
@@ -36,12 +36,6 @@ class Entry:
     version: int
     valid_from_us: Micros
     document: Document
-
-
-def entry_from_record(record: Mapping[str, Any]) -> Entry:
-    """The entry of a decoded ``CatalogEntry`` record of the catalog topic. Raises ValueError for a broken document."""
-    document = _expect(json.loads(record["document"]), dict, "document")
-    return Entry(record["kind"], record["id"], record["version"], to_micros(record["valid_from"]), document)
 
 
 def canonical_json(document: Document) -> str:

@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
 import psycopg
-from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # public, but not in its stubs
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from pipeline.infra import embedded
 from pipeline.infra.postgres import connect, pending
@@ -29,6 +30,14 @@ SKEW_MAX = 5.0
 POSTGRES_MIN = 16
 #: Time for each service to answer, seconds.
 _TIMEOUT = 10
+#: Refusals that pass by themselves while a leader or coordinator is being chosen.
+_PASSING = (
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,7 @@ def _kafka(settings: Settings) -> Iterator[Finding]:
     try:
         brokers = admin.list_topics(timeout=_TIMEOUT).brokers
     except KafkaException as error:
+        admin.poll(0)  # hands over what the client has to say
         found = said[0] if said else str(error.args[0].str())
         fix = "is it running? `tally up` starts the embedded one; else check TALLY_KAFKA_* and the network"
         yield Finding("kafka", False, found, f"an answer from {settings.kafka_bootstrap}", fix)
@@ -129,9 +139,24 @@ def _kafka(settings: Settings) -> Iterator[Finding]:
         yield Finding("topics", False, found, f"as Tally needs them, {settings.partitions} partitions", fix)
         return
     yield Finding("topics", True, "all as needed", f"as Tally needs them, {settings.partitions} partitions")
-    yield _broker_clock(admin, topics, settings.partitions)
-    for group, command in ((f"{settings.topic_prefix}rater", "rater"), (f"{settings.topic_prefix}sink", "sink")):
-        yield _group(admin, group, command)
+    yield _asked("broker clock", lambda: _broker_clock(admin, topics, settings.partitions))
+    for command in ("rater", "sink"):
+        group = f"{settings.topic_prefix}{command}"
+        yield _asked(f"{command}s", partial(_group, admin, group, command))
+
+
+def _asked(check: str, ask: Callable[[], Finding]) -> Finding:
+    """Ask the broker, again while it says to ask again; its refusal is a finding, not the end of the examination."""
+    deadline = time.monotonic() + _TIMEOUT
+    while True:
+        try:
+            return ask()
+        except KafkaException as error:
+            reason: KafkaError = error.args[0]
+            if reason.code() not in _PASSING or time.monotonic() > deadline:
+                fix = "the broker's log says why; `tally doctor` again when it is settled"
+                return Finding(check, False, reason.str(), "an answer", fix)
+            time.sleep(0.2)
 
 
 def _broker_clock(admin: AdminClient, topics: Topics, partitions: int) -> Finding:

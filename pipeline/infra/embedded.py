@@ -43,7 +43,7 @@ from xml.etree import ElementTree
 
 from pydantic import SecretStr
 
-from pipeline.infra.processes import end, is_locked, locked, spawn, tail, write_json
+from pipeline.infra.processes import disown, end, is_locked, locked, spawn, tail, write_json
 from pipeline.infra.settings import default_cache_dir
 
 KAFKA_VERSION = "4.1.0"
@@ -117,15 +117,18 @@ Progress = Callable[[Step], None]
 class Running:
     """Services started for the time of a block."""
 
-    def __init__(self, endpoints: Endpoints, lifeline: int | None) -> None:
+    def __init__(
+        self, endpoints: Endpoints, supervisor: "subprocess.Popen[bytes] | None", lifeline: int | None
+    ) -> None:
         self.endpoints = endpoints
         self.kept = False
-        self._lifeline = lifeline
+        self._supervisor, self._lifeline = supervisor, lifeline
 
     def keep(self) -> None:
         """Leave the services running when the block ends; ``stop`` ends them."""
-        if self._lifeline is not None:
+        if self._supervisor is not None and self._lifeline is not None and not self.kept:
             os.write(self._lifeline, _KEEP)
+            disown(self._supervisor)
         self.kept = True
 
 
@@ -163,7 +166,7 @@ def running(
         raise
     finally:
         os.close(read_end)
-    handle = Running(endpoints, write_end if supervisor else None)
+    handle = Running(endpoints, supervisor, write_end)
     try:
         yield handle
     finally:
@@ -225,8 +228,6 @@ def fetch_kafka(cache_dir: Path, progress: Progress) -> list[Path]:
 _LOOPBACK = "127.0.0.1"
 #: What the parent writes into the lifeline to leave the services running after it.
 _KEEP = b"k"
-#: Supervisors that stay after this process: held, since nobody waits for them.
-_left_running: "list[subprocess.Popen[bytes]]" = []
 
 
 def _start(
@@ -246,7 +247,7 @@ def _start(
         tell(Step("starting Kafka and PostgreSQL"))
         supervisor = _spawn_supervisor(data_dir, jars, ports, lifeline)
         if lifeline is None:
-            _left_running.append(supervisor)
+            disown(supervisor)
         state = _read_state(data_dir)
         return Endpoints(state["kafka_bootstrap"], state["postgres_dsn"]), supervisor
 
@@ -441,11 +442,11 @@ def _supervise(data_dir: Path, jars: list[Path], ports: tuple[int, int], lifelin
     stop = _Stop(lifeline)
     state = _read_state(data_dir)
     services: list[_Service] = []
+    postgres, kafka = _Postgres(data_dir), _Kafka(data_dir, jars, ports)
     # An older supervisor of this directory may still be on its way out.
     with locked(data_dir / "services.lock", timeout=_STOP_TIMEOUT + 10):
         try:
-            _sweep(state.get("children", []), data_dir / "postgres")
-            postgres, kafka = _Postgres(data_dir), _Kafka(data_dir, jars, ports)
+            _sweep(state.get("children", []), postgres)
             state = {
                 "supervisor": os.getpid(),
                 "ready": False,
@@ -480,6 +481,7 @@ def _supervise(data_dir: Path, jars: list[Path], ports: tuple[int, int], lifelin
             _note("stopping")
             write_json(data_dir / "services.json", {**state, "ready": False})
             _stop_all(services)
+            postgres.remove_socket_dir()
             write_json(data_dir / "services.json", {**state, "ready": False, "children": []})
             _note("stopped")
 
@@ -553,27 +555,38 @@ def _identity(pid: int) -> tuple[int, float]:
     return pid, psutil.Process(pid).create_time()
 
 
-def _sweep(children: list[tuple[int, float]], pgdata: Path) -> None:
+def _sweep(children: list[tuple[int, float]], postgres: "_Postgres") -> None:
     """End what a killed supervisor left behind. Called with the lock held, so nothing of this directory is in use."""
+    begin = time.monotonic()
+    while left := _leftovers(children, postgres.data):
+        waited = time.monotonic() - begin
+        if waited > _STOP_TIMEOUT:
+            raise TimeoutError(f"processes {left} of an earlier run do not end: kill them")
+        if waited > _STOP_TIMEOUT / 3:  # the kernel has told them to end already; this is the second time
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    # PostgreSQL would take any process that has got the number in here since, even a dead one, for a running server.
+    (postgres.data / "postmaster.pid").unlink(missing_ok=True)
+    postgres.socket.with_name(f"{postgres.socket.name}.lock").unlink(missing_ok=True)
+
+
+def _leftovers(children: list[tuple[int, float]], pgdata: Path) -> list[int]:
+    """Living processes among our former children, and PostgreSQL sessions that have lost their server."""
     import psutil
 
-    leftovers = []
-    for pid, born in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.create_time() == born:
-                leftovers.append(process)
-    _, alive = psutil.wait_procs(leftovers, timeout=_STOP_TIMEOUT / 3)  # the kernel has told them to end already
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=_STOP_TIMEOUT)
-    pid_file = pgdata / "postmaster.pid"
-    with contextlib.suppress(FileNotFoundError):
-        pid = int(pid_file.read_text().split("\n", 1)[0])
-        with contextlib.suppress(psutil.NoSuchProcess):
-            # PostgreSQL believes any living process of that number to be itself, and would not start.
-            if psutil.Process(pid).name() != "postgres":
-                pid_file.unlink()
+    found = []
+    born_of = dict(children)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = born_of.get(process.pid) == process.create_time()
+            if not ours and process.name() == "postgres":
+                ours = Path(process.cwd()) == pgdata
+            # A zombie holds nothing; where process 1 is no real init it stays one.
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
@@ -587,11 +600,11 @@ class _Postgres:
         assert package is not None and package.origin is not None
         self._bin = Path(package.origin).parent / "pginstall18" / "bin"
         self._user = _UNPRIVILEGED if os.geteuid() == 0 else ""
-        self._data = data_dir / "postgres"
+        self.data = data_dir / "postgres"
         self._partial = data_dir / "postgres.partial"
         self.log = data_dir / "logs" / "postgres.log"
-        self._socket_dir = self._data
-        if len(os.fsencode(self._data / ".s.PGSQL.5432")) > _SOCKET_PATH_MAX:
+        self._socket_dir = self.data
+        if len(os.fsencode(self.data / ".s.PGSQL.5432")) > _SOCKET_PATH_MAX:
             digest = sha256(os.fsencode(data_dir)).hexdigest()[:16]
             self._socket_dir = Path("/tmp") / f"tally-{digest}"
         self.socket = self._socket_dir / ".s.PGSQL.5432"
@@ -600,7 +613,7 @@ class _Postgres:
         return f"postgresql://postgres@/{database}?host={quote(str(self._socket_dir))}"
 
     def create(self) -> "subprocess.Popen[bytes] | None":
-        if self._data.is_dir():
+        if self.data.is_dir():
             return None
         shutil.rmtree(self._partial, ignore_errors=True)
         self._private_dir(self._partial)
@@ -618,19 +631,25 @@ class _Postgres:
             return spawn(initdb, output=output, user=self._user)
 
     def created(self) -> None:
-        self._partial.rename(self._data)
+        self._partial.rename(self.data)
 
     def launch(self) -> _Service:
         self._private_dir(self._socket_dir)
         server = [
             str(self._bin / "postgres"),
-            *("-D", str(self._data), "-k", str(self._socket_dir), "-h", "", "-p", "5432"),
+            *("-D", str(self.data), "-k", str(self._socket_dir), "-h", "", "-p", "5432"),
             *("-c", "timezone=UTC", "-c", "log_timezone=UTC", "-c", "max_connections=100"),
         ]
         with self.log.open("ab") as output:
             # SIGINT is PostgreSQL's fast shutdown: sessions are ended, the data is flushed.
             process = spawn(server, output=output, user=self._user, death_signal=signal.SIGINT)
         return _Service(self.name, process, self.log, signal.SIGINT, self._is_ready)
+
+    def remove_socket_dir(self) -> None:
+        """Leave nothing in the temporary directory; what is not empty still belongs to someone."""
+        if self._socket_dir != self.data:
+            with contextlib.suppress(OSError):
+                self._socket_dir.rmdir()
 
     def ensure_database(self) -> None:
         import psycopg

@@ -64,6 +64,11 @@ def end(
             process.wait()
 
 
+def disown(process: "subprocess.Popen[bytes]") -> None:
+    """Let a process outlive this one: it is neither waited for nor warned about."""
+    process.returncode = 0
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, timeout: float) -> Iterator[None]:
     """Hold an exclusive lock on the file while in the block; the kernel gives it back when the process dies.
@@ -258,8 +263,11 @@ def start_detached(workers: Sequence[Worker], run_dir: Path, *, log_dir: Path, e
     process.stdin.write(json.dumps([[worker.name, worker.argv, dict(worker.env)] for worker in workers]).encode())
     process.stdin.close()
     if process.stdout.readline().strip() != b"started":
+        process.stdout.close()
+        process.wait()
         raise TimeoutError(f"the workers did not start:\n{tail(log_dir / 'workers.log')}")
     process.stdout.close()
+    disown(process)
     return process.pid
 
 

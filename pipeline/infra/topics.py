@@ -4,6 +4,7 @@ The partition count of the usage topics is fixed when they are created: seen key
 partition, so growing it is a migration, not a setting.
 """
 
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,10 +15,15 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, Resourc
 from pipeline.infra.settings import Settings
 
 _DAY_MS = 24 * 60 * 60 * 1000
-#: Largest usage event, as the broker and the rater see it.
+#: Largest usage event; the rater dead-letters a larger one with its bytes.
 EVENT_BYTES_MAX = 256 * 1024
+#: What the broker takes on the events topic at once. Its limit counts a producer's whole batch (librdkafka: up to 1 MB),
+#: so the limit of one event would make it refuse batches of good ones; and a larger event has to arrive to be reported.
+EVENT_BATCH_BYTES_MAX = 1024 * 1024
 #: Largest record of every other topic.
 RECORD_BYTES_MAX = 2 * 1024 * 1024
+#: How long a created topic may take to show, seconds; usually milliseconds.
+_VISIBLE_WITHIN = 15.0
 
 
 class TopicMismatch(Exception):
@@ -77,7 +83,7 @@ class Topics:
             self.retry: 60,
             self.dead_letter: 90,
         }.get(topic)
-        config = {"max.message.bytes": str(EVENT_BYTES_MAX if topic == self.events else RECORD_BYTES_MAX)}
+        config = {"max.message.bytes": str(EVENT_BATCH_BYTES_MAX if topic == self.events else RECORD_BYTES_MAX)}
         if keep is None:
             config["cleanup.policy"] = "compact"
         else:
@@ -111,8 +117,18 @@ def ensure_topics(settings: Settings) -> list[str]:
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
+    _await_visible(admin, set(wanted))
     check_topics(settings, ignore=set(created))
     return created
+
+
+def _await_visible(admin: AdminClient, names: set[str]) -> None:
+    """A topic exists for the controller first; a broker's answer shows it moments later."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while missing := names - admin.list_topics(timeout=15).topics.keys():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{', '.join(sorted(missing))} created, but not visible after {_VISIBLE_WITHIN:g} s")
+        time.sleep(0.02)
 
 
 def check_topics(settings: Settings, ignore: set[str] | None = None) -> None:

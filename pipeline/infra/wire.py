@@ -13,10 +13,15 @@ FRAME_BYTES = 5
 IDENTITY_BYTES = 16
 PAYLOAD_BYTES = 8
 _VARINT_BYTES_MAX = 10
+_NUL = b"\0"
 
 
 class Malformed(Exception):
-    """Bytes that are not a usage event: truncated, padded, not UTF-8, or with bytes left over."""
+    """Bytes that are not a usage event: truncated, padded, a property twice, not UTF-8, or with bytes left over."""
+
+
+class UnstorableText(Malformed):
+    """Well formed, but a text holds a NUL, which no invoice table can."""
 
 
 class WireEvent(NamedTuple):
@@ -130,17 +135,17 @@ def read_event(data: bytes) -> WireEvent:
     if i != len(data):
         raise Malformed(f"{len(data) - i} bytes left over")
 
-    if len(properties) != len(entries):  # a name twice: the last one counts, as in every Avro reader
-        entries = [_prefixed(name) + _prefixed(value) for name, value in properties.items()]
+    if len(properties) != len(entries):  # no writer of maps does that, and readers differ in which one counts
+        raise Malformed("with a property name that stands twice")
     entries.sort()
     measures = b"".join(entries)
     named = data[FRAME_BYTES:type_start]
-    if not (
-        named.isascii() and measures.isascii() and event_type.isascii() and data[subject_start:map_start].isascii()
-    ):
-        _check_utf8(key, account, event_type, data[subject_start:map_start], *properties, *properties.values())
-    if not source.isascii():
-        _check_utf8(source)
+    subject = data[subject_start:map_start]
+    plain = (
+        named.isascii() and measures.isascii() and event_type.isascii() and subject.isascii() and source.isascii()
+    ) and not (_NUL in named or _NUL in measures or _NUL in event_type or _NUL in subject or _NUL in source)
+    if not plain:  # a text beyond ASCII, of 64 bytes or more, or empty (their lengths), or a bad one: look closely
+        _check_texts(key, account, event_type, subject, source, *properties, *properties.values())
     return WireEvent(
         xxh3_128_digest(named),
         xxh3_64_digest(data[type_start:map_start] + measures),
@@ -173,12 +178,14 @@ def _rest(data: bytes, i: int, first: int) -> tuple[int, int]:
     return value, i
 
 
-def _check_utf8(*texts: bytes) -> None:
+def _check_texts(*texts: bytes) -> None:
     for text in texts:
         try:
             text.decode()
         except UnicodeDecodeError:
             raise Malformed(f"not UTF-8: {text[:40]!r}") from None
+        if _NUL in text:
+            raise UnstorableText(f"text with a NUL: {text[:40]!r}")
 
 
 def zigzag(n: int) -> bytes:
@@ -208,5 +215,5 @@ def text(value: str) -> bytes:
 
 def decimal(n: int) -> bytes:
     """An Avro decimal of an already scaled integer: length, then the shortest big-endian two's complement."""
-    size = (n.bit_length() >> 3) + 1
+    size = ((n if n >= 0 else ~n).bit_length() >> 3) + 1
     return _ONE_BYTE[size << 1] + n.to_bytes(size, "big", signed=True)

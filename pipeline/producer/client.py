@@ -85,8 +85,8 @@ class UsageProducer:
     handler. After ``os.fork`` the child's copy refuses to emit: create the producer in the child.
 
     ``kafka`` adds to or overrides the client's configuration (TLS, SASL). Raises SpoolError and its kinds, ValueError
-    for a bad source or size, KafkaException for a bad configuration, and SchemaRegistryError when a registry is asked
-    for the first time and does not answer. Kafka being away raises nothing.
+    for a bad source or size, KafkaException for a bad configuration, and what the registry's client raises when a
+    registry is asked for the first time and does not answer. Kafka being away raises nothing.
     """
 
     def __init__(
@@ -262,7 +262,8 @@ class UsageProducer:
     @property
     def stats(self) -> Stats:
         sender = self._sender
-        in_flight, delivered, failed = sender.in_flight, sender.delivered, sender.rejected
+        # In this order, so that an event just moving counts as spooled, never twice.
+        delivered, failed, in_flight = sender.delivered, sender.rejected, sender.in_flight
         emitted, recovered = self.next_sequence - self._first_sequence, self._journal.recovered
         return Stats(
             emitted=emitted,

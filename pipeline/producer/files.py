@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from string import Formatter
 from typing import Any, BinaryIO, NamedTuple
@@ -25,6 +25,7 @@ Source = Path | BinaryIO
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Formats of a bare number since 1970 UTC, and its digits after the point down to the microsecond.
 _EPOCH_UNITS = {"unix": 6, "unix-ms": 3, "unix-us": 0}
+_NUMBER = re.compile(r"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 _FRACTION = re.compile(r"[.,](\d{6})(\d+)")
 _LINE_CHARACTERS_MAX = 1024 * 1024
 _OWN_FIELDS = frozenset({"account", "event_type", "timestamp", "idempotency_key", "properties", "subject"})
@@ -222,15 +223,16 @@ def _zone(name: str) -> ZoneInfo:
 
 
 def _since_1970(text: str, digits: int) -> datetime:
+    number = _NUMBER.fullmatch(text.strip())
+    if number is None:
+        raise InvalidUsage("timestamp", f"expected a number since 1970, got {text!r}")
+    sign, whole, fraction = number[1], number[2], (number[3] or "").rstrip("0")
+    if len(fraction) > digits:
+        raise InvalidUsage("timestamp", f"expected at most microseconds, got {text!r}")
     try:
-        micros = Decimal(text.strip()).scaleb(digits)
-        if micros != micros.to_integral_value():
-            raise InvalidUsage("timestamp", f"expected at most microseconds, got {text!r}")
-        return _EPOCH + timedelta(microseconds=int(micros))
-    except (InvalidOperation, OverflowError, ValueError) as error:
-        if isinstance(error, InvalidUsage):
-            raise
-        raise InvalidUsage("timestamp", f"expected a number since 1970, got {text!r}") from None
+        return _EPOCH + timedelta(microseconds=int(sign + whole + fraction.ljust(digits, "0")))
+    except OverflowError:
+        raise InvalidUsage("timestamp", f"expected a time up to the year 9999, got {text!r}") from None
 
 
 def _from_object(line: str) -> Usage:

@@ -1,8 +1,8 @@
 """Sending a file's rows once, over as many runs as it takes.
 
 The checkpoint says how many rows were taken by which sequence number, and is written now and then; the spool says how
-far the numbers really went. So a run that was killed goes on at exactly the next row: rows = checkpoint's rows + numbers
-used since. Rows in the spool but not yet in Kafka need no care, the producer sends them.
+far the numbers really went. So a run that was killed goes on at exactly the next row: the checkpoint's rows and the
+numbers used since. Rows in the spool but not yet in Kafka need no care, the producer sends them.
 """
 
 import hashlib
@@ -76,14 +76,14 @@ def load(
     *,
     save: Callable[[Checkpoint], None],
     on_bad: Callable[[BadRow], None],
-    on_old: Callable[[Usage], None],
+    on_outside: Callable[[Usage], None],
     on_row: Callable[[Checkpoint], None],
     rate: float | None = None,
 ) -> Checkpoint:
     """Emit the rows not yet emitted and return where that ends; delivery is the caller's to wait for (``flush``).
 
     ``save`` is called with what may be relied on after a crash, ``on_bad`` for every bad row from the checkpoint on,
-    ``on_old`` for every event outside the rater's window, ``on_row`` after every row, ``rate`` is events a second.
+    ``on_outside`` for every event outside the rater's window, ``on_row`` after every row, ``rate`` is events a second.
     Raises BufferFull when Kafka is away for so long that the spool is full. Saves on every way out.
     """
     at = _skip(rows, producer, checkpoint, on_bad)
@@ -97,9 +97,8 @@ def load(
             else:
                 if rate is not None:
                     due = _pace(due, rate)
-                outside = not -AHEAD_MAX <= datetime.now(UTC) - row.timestamp <= AGE_MAX
-                if outside:
-                    on_old(row)
+                if outside := _outside_window(row):
+                    on_outside(row)
                 sequence = producer.emit_usage(row)
                 at = replace(
                     at,
@@ -133,8 +132,13 @@ def _skip(
             at = replace(at, rows=at.rows + 1, bad_rows=at.bad_rows + 1)
         else:
             ahead -= 1
-            at = replace(at, rows=at.rows + 1, emitted=at.emitted + 1)
+            outside = at.outside_window + _outside_window(row)
+            at = replace(at, rows=at.rows + 1, emitted=at.emitted + 1, outside_window=outside)
     return replace(at, source=producer.source, next_sequence=producer.next_sequence)
+
+
+def _outside_window(usage: Usage) -> bool:
+    return not -AHEAD_MAX <= datetime.now(UTC) - usage.timestamp <= AGE_MAX
 
 
 def _pace(due: float, rate: float) -> float:

@@ -40,7 +40,7 @@ _READ_EVENTS = 500
 #: Seconds the thread waits for delivery reports (new events wait as long), and with nothing to do.
 _REPORT_WAIT, _IDLE_WAIT = 0.01, 0.5
 #: Seconds before starting over; doubles up to the maximum, and begins anew after a delivery.
-_BACK_OFF_MIN, _BACK_OFF_MAX = 0.5, 30.0
+_BACK_OFF_MIN, _BACK_OFF_MAX = 0.5, 10.0
 #: Seconds to wait for reports of what is in flight before starting over; then the client is replaced.
 _IN_FLIGHT_WAIT = 60.0
 #: While events are not being delivered the spool is synced this often, in seconds.
@@ -152,12 +152,12 @@ class Sender:
                 # A dead thread would stop delivery unseen; the journal still has everything.
                 log.exception("the sender of %s failed and starts over", self._name)
                 self._renew = True
-                self._wait_back_off()
         self._disconnect()
 
     def _round(self) -> None:
         if self._renew:
             self._disconnect()
+            self._wait_back_off()
             self._producer = Producer(self._kafka)
             self._rewind()
         self.work.clear()
@@ -214,11 +214,11 @@ class Sender:
             return
         self._journal.mark(entry.segment, entry.at, DELIVERED)
         self.delivered += 1
+        self._back_off = _BACK_OFF_MIN
         self._suspects.discard((entry.segment, entry.at))
         if self.trouble is not None:
             log.info("%s: usage is delivered again", self._name)
             self.trouble = None
-            self._back_off = _BACK_OFF_MIN
         if self._on_delivery is not None or self.callbacks:
             self._tell(entry, message.partition(), message.offset(), None)
 
@@ -263,8 +263,8 @@ class Sender:
         log.debug("%s: %s", self._name, error)
         if error.fatal() or error.code() == KafkaError._FATAL:
             self._renew = True
-        # Losing an idle connection is no trouble.
-        if error.code() in _AWAY and (self.in_flight or self._unsent):
+            self._note_trouble(error)
+        elif error.code() in _AWAY and (self.in_flight or self._unsent):  # losing an idle connection is no trouble
             self._note_trouble(error)
 
     def _note_trouble(self, error: KafkaError) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, Record, Refused
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
-from pipeline.infra.wire import FRAME_BYTES, Malformed, read_event
+from pipeline.infra.wire import FRAME_BYTES, Malformed, UnstorableText, read_event
 
 #: How far an event's time may lie before its arrival (law 5).
 AGE_MAX_US = 35 * 24 * 60 * 60 * 1_000_000
@@ -18,6 +18,8 @@ AHEAD_MAX_US = 5 * 60 * 1_000_000
 KEY_BYTES_MAX = 255
 ACCOUNT_BYTES_MAX = 128
 EVENT_TYPE_BYTES_MAX = 128
+#: A receipt names the sources of a whole batch and has to fit into one record.
+SOURCE_BYTES_MAX = 255
 
 
 class Accepted(NamedTuple):
@@ -48,12 +50,16 @@ def accept(
             continue
         try:
             identity, payload, key, account, event_type, timestamp_us, properties, source, sequence = read_event(value)
+        except UnstorableText as error:
+            refused.append(Refused(record, _reject(Reason.WRONG_SHAPE, f"expected texts without NUL, got a {error}")))
+            continue
         except Malformed as error:
             refused.append(
                 Refused(record, _reject(Reason.UNDECODABLE, f"expected one usage event, got bytes that are {error}"))
             )
             continue
-        arrived.append((source, sequence))
+        if len(source) <= SOURCE_BYTES_MAX:
+            arrived.append((source, sequence))
         ahead_us = timestamp_us - record.timestamp * 1000
         if (
             -AGE_MAX_US <= ahead_us <= AHEAD_MAX_US
@@ -61,12 +67,13 @@ def accept(
             and 0 < len(account) <= ACCOUNT_BYTES_MAX
             and 0 < len(event_type) <= EVENT_TYPE_BYTES_MAX
             and sequence >= 0
+            and len(source) <= SOURCE_BYTES_MAX
             and partition_of(account, partitions) == partition
             and (own_only or record.key == account)
         ):
             keep(Event(record, identity, payload, key, account, event_type, timestamp_us, properties))
             continue
-        rejection = _judge(record, key, account, event_type, ahead_us, sequence, partition, partitions)
+        rejection = _judge(record, key, account, event_type, ahead_us, source, sequence, partition, partitions)
         refused.append(Refused(record, rejection, account, key, event_type, timestamp_us))
     return Accepted(events, refused, arrived)
 
@@ -91,6 +98,7 @@ def _judge(
     account: bytes,
     event_type: bytes,
     ahead_us: int,
+    source: bytes,
     sequence: int,
     partition: int,
     partitions: int,
@@ -113,6 +121,8 @@ def _judge(
         )
     if sequence < 0:
         return _reject(Reason.WRONG_SHAPE, f"expected a sequence number from 0, got {sequence}")
+    if len(source) > SOURCE_BYTES_MAX:
+        return _reject(Reason.WRONG_SHAPE, f"expected a source of at most {SOURCE_BYTES_MAX} bytes, got {len(source)}")
     if ahead_us < -AGE_MAX_US:
         days = -ahead_us / 86_400_000_000
         return _reject(

@@ -66,8 +66,9 @@ class Rater(Events):
             *self._sources, key_serializer="raw", value_serializer="raw", value_type=None, acks=False
         )
         self.app.agent(channel, name="rater")(self._rate)
-        self.app.on_partitions_assigned.connect(self._on_assigned)
-        self.app.on_partitions_revoked.connect(self._on_revoked)
+        signals: Any = self.app  # typed for handlers of one exact signature
+        signals.on_partitions_assigned.connect(self._on_assigned)
+        signals.on_partitions_revoked.connect(self._on_revoked)
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT. Raises RaterFailed when the worker must be started anew."""
@@ -106,8 +107,7 @@ class Rater(Events):
             if owner is not None:
                 owner.offer(self._sources[fetched.tp.topic], fetched)
 
-    async def _on_assigned(self, app: Any, *args: Any, signal: Any = None, **kwargs: Any) -> None:
-        assigned: set[TP] = args[0]
+    async def _on_assigned(self, app: Any, assigned: set[TP], **kwargs: Any) -> None:
         try:
             partitions = co_owned(assigned, (self._topics.events, self._topics.retry))
         except RuntimeError as error:
@@ -122,8 +122,7 @@ class Rater(Events):
             self._owners[partition] = owner
             owner.start()
 
-    async def _on_revoked(self, app: Any, *args: Any, signal: Any = None, **kwargs: Any) -> None:
-        revoked: set[TP] = args[0]
+    async def _on_revoked(self, app: Any, revoked: set[TP], **kwargs: Any) -> None:
         gone = {tp.partition for tp in revoked}
         if gone & self._owners.keys():
             log.info("partitions_revoked", partitions=sorted(gone))

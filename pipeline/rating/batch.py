@@ -14,7 +14,7 @@ from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, ParkedRecord, Record, Refused
 from pipeline.infra.wire import text, zigzag
 from pipeline.rating.accept import accept
-from pipeline.rating.dedupe import dedupe
+from pipeline.rating.dedupe import dedupe, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
 
@@ -121,8 +121,8 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
         outcome.sequences = _sequence_blocks(arrived)
     if events:
         outcome.latest_event_us = max(event.timestamp_us for event in events)
-    while events:  # again only for identities that stand twice in the batch
-        fresh, repeats, conflicts, events = dedupe(events, overlay.known([event.identity for event in events]))
+    for wave in waves(events):  # one, unless an identity stands twice in the batch
+        fresh, repeats, conflicts = dedupe(wave, overlay.known([event.identity for event in wave]))
         known, unknown = enrich(fresh, view)
         rows, rated, unpriced = rate(known, outcome.totals, overlay, context)
         outcome.rows += rows

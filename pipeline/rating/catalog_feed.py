@@ -14,6 +14,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from pipeline.core.catalog import Catalog, Entry
 from pipeline.infra.avro import CATALOG, Schemas
 from pipeline.infra.clock import micros
+from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.enrich import TermsView
@@ -81,7 +82,7 @@ class CatalogFeed(threading.Thread):
                     elif error.code() == KafkaError._PARTITION_EOF:
                         self._swap(pending, max(offset, message.offset() or 0))
                         pending = []
-                    elif error.fatal() or not error.retriable():
+                    elif not passes(error):
                         raise KafkaException(error)
         finally:
             consumer.close()

@@ -16,6 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 
 from pipeline.core.usage import ParkedRecord, Refused
 from pipeline.infra.avro import DEAD_LETTER, RECEIPTS, Record, Schemas
+from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics, partition_of
 from pipeline.rating.batch import Batch, Outcome, Source, backoff_ms
@@ -263,7 +264,7 @@ class Committer:
             try:
                 step()
             except KafkaException as error:
-                if not error.args[0].retriable():
+                if not passes(error.args[0]):
                     raise
                 if self._stopped():
                     raise StateUnknown(

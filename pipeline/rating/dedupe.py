@@ -1,7 +1,8 @@
 """Second stage: has this identity been rated before?
 
 Comes before enrich, since repeats are cheap to drop. Only a rated event uses up its key: of several events with one
-identity in a batch the first goes on, the others wait in ``again`` until it is known what became of it.
+identity in a batch the next may only be judged when it is known what became of the one before. So a batch is taken in
+``waves``, each of which holds an identity once.
 """
 
 from collections.abc import Sequence
@@ -15,32 +16,40 @@ class Deduped(NamedTuple):
     fresh: list[Event]
     repeats: list[Event]
     conflicts: list[Refused]
-    again: list[Event]
 
 
-def dedupe(events: list[Event], known: Sequence[bytes | None]) -> Deduped:
+def waves(events: list[Event]) -> list[list[Event]]:
+    """The events in order, split by how often their identity stood before: one wave unless one stands twice."""
+    if len({event.identity for event in events}) == len(events):
+        return [events] if events else []
+    split: list[list[Event]] = []
+    times: dict[bytes, int] = {}
+    for event in events:
+        number = times.get(event.identity, 0)
+        times[event.identity] = number + 1
+        if number == len(split):
+            split.append([])
+        split[number].append(event)
+    return split
+
+
+def dedupe(wave: list[Event], known: Sequence[bytes | None]) -> Deduped:
     """Split events by what is known of them: ``known`` holds, per event, the payload it was rated with, if it was."""
-    identities = {event.identity for event in events}
-    if len(identities) == len(events) and not any(known):
-        return Deduped(events, [], [], [])
+    if not any(known):
+        return Deduped(wave, [], [])
     fresh: list[Event] = []
     repeats: list[Event] = []
     conflicts: list[Refused] = []
-    again: list[Event] = []
-    for event, payload in zip(events, known, strict=True):
+    for event, payload in zip(wave, known, strict=True):
         if payload is None:
-            if event.identity in identities:
-                identities.remove(event.identity)
-                fresh.append(event)
-            else:
-                again.append(event)
+            fresh.append(event)
         elif payload == event.payload:
             repeats.append(event)
         else:
             conflicts.append(
                 Refused(event.record, _CONFLICT, event.account, event.key, event.event_type, event.timestamp_us)
             )
-    return Deduped(fresh, repeats, conflicts, again)
+    return Deduped(fresh, repeats, conflicts)
 
 
 _CONFLICT = Rejection(

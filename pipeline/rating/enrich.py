@@ -20,7 +20,7 @@ _USAGE = zigzag(0)  # first symbol of EntryKind
 class Priced:
     """One charge for one segment, ready to rate: what to measure, what it costs, and the constant part of its rows."""
 
-    __slots__ = ("constant", "counter", "measure", "memo_cost", "memo_encoded", "memo_quantity", "price")
+    __slots__ = ("constant", "counter", "measure", "memo", "price")
 
     def __init__(self, terms: Terms, charge: Charge, meter: Meter) -> None:
         segment = terms.segment
@@ -48,10 +48,9 @@ class Priced:
                 _USAGE,
             )
         )
-        # price() of the last running quantity and that quantity encoded: the next event's "before". Pure memory.
-        self.memo_quantity: int | None = None
-        self.memo_cost = 0
-        self.memo_encoded = b""
+        # The last running quantity, its price() and its encoding: the next event's "before". Pure memory; one tuple,
+        # since a thread that lost the partition may still be at work on it.
+        self.memo: tuple[int | None, int, bytes] = (None, 0, b"")
 
 
 class RatingTerms(NamedTuple):

@@ -9,6 +9,7 @@ the consumer wraps it into one message, the transport puts both in place. What t
 - Faust reads uncommitted records outside its own transactions: the thread reads committed ones only.
 - Faust commits what an agent acknowledged, even by an exception: ``_commit`` does nothing, offsets go with the rater's
   transaction.
+- What was fetched of a partition that is paused a moment later is dropped: the consumer hands all of it on.
 - A message without the group's generation is dropped without a word: ``_to_message`` sets it.
 """
 
@@ -117,8 +118,11 @@ class BatchConsumer(driver.Consumer):
         if self.flow_active and not self._get_active_partitions():
             # Every partition is full: Faust would sleep a whole second here.
             await self.sleep(_ALL_FULL_S)
-            return {}, set()
-        return await super()._wait_next_records(timeout)
+            return {}, None
+        records, _ = await super()._wait_next_records(timeout)
+        # None instead of the active partitions: Faust drops what it fetched of a partition that was paused meanwhile,
+        # without a word and without seeking back.
+        return records, None
 
     def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
         fetched: Fetched = record

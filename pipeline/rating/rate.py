@@ -70,10 +70,11 @@ def rate(
                 before = running(counter)
                 if before is None:
                     before = state.quantity(counter)
+                memo_quantity, memo_cost, memo_encoded = priced.memo
                 if before is None:  # a counter without an event yet costs nothing
                     before, cost, before_bytes = 0, 0, _ZERO
-                elif before == priced.memo_quantity:
-                    cost, before_bytes = priced.memo_cost, priced.memo_encoded
+                elif before == memo_quantity:
+                    cost, before_bytes = memo_cost, memo_encoded
                 else:
                     cost, before_bytes = priced.price(before), decimal(before)
                 after = before + quantity
@@ -82,7 +83,7 @@ def rate(
                     rejection = _overflow(after)
                     break
                 after_bytes = decimal(after)
-                priced.memo_quantity, priced.memo_cost, priced.memo_encoded = after, after_cost, after_bytes
+                priced.memo = (after, after_cost, after_bytes)
                 moved.append((counter, after))
                 if not head:
                     value = record.value

@@ -54,7 +54,7 @@ class PartitionState:
         self._open()
         if self._meta.get(b"stamp") != wanted.encode():
             self._close()
-            shutil.rmtree(path)
+            shutil.rmtree(self._path)
             self._open()
             self._meta[b"stamp"] = wanted.encode()
         self._totals_cached: dict[bytes, int] = {}

@@ -18,6 +18,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.batch import Source
@@ -142,7 +143,7 @@ def _restore(
                     counters += 1
             elif error.code() == KafkaError._PARTITION_EOF:
                 at[name] = max(at[name], offset or 0)
-            elif not error.retriable():
+            elif not passes(error):
                 raise KafkaException(error)
         if seen or totals:
             state.apply(seen, totals, Positions(at[topics.seen], at[topics.totals]))
@@ -164,7 +165,7 @@ def _until_decided(call: Callable[[], T], stopped: Callable[[], bool]) -> T:
         try:
             result = call()
         except KafkaException as error:
-            if not error.args[0].retriable():
+            if not passes(error.args[0]):
                 raise
             if not waited:
                 log.warning("broker_away", error=str(error.args[0]))

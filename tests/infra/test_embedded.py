@@ -43,7 +43,7 @@ def data_dir(tmp_path: Path) -> Iterator[Path]:
 def _processes_of(directory: Path) -> list[psutil.Process]:
     """Living processes with this directory on their command line or as their working directory, by pid."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["name"]):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             mine = any(str(directory) in argument for argument in process.cmdline())
             if (mine or process.cwd().startswith(str(directory))) and process.status() != psutil.STATUS_ZOMBIE:
@@ -114,7 +114,7 @@ def _parent(directory: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def _service_processes(directory: Path) -> list[psutil.Process]:
-    return [process for process in _processes_of(directory) if process.name() in ("java", "postgres")]
+    return [process for process in _processes_of(directory) if process.info["name"] in ("java", "postgres")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed parent", "Ctrl-C"])
@@ -140,6 +140,7 @@ def test_starts_again_at_once_after_everything_was_killed(data_dir: Path) -> Non
     for process in (psutil.Process(embedded.supervisor_pid(data_dir)), *_service_processes(data_dir)):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    _wait_for(lambda: not is_locked(data_dir / "services.lock"), "supervisor gone")
     second, started = embedded.start(data_dir)
     assert started
     assert _is_kept(second)
@@ -194,6 +195,9 @@ def test_long_data_directory_still_gets_a_socket(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 60) / ("e" * 60)
     with embedded.running(deep) as running, psycopg.connect(running.endpoints.postgres_dsn) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
+        socket_dir = Path(str(psycopg.conninfo.conninfo_to_dict(running.endpoints.postgres_dsn)["host"]))
+        assert socket_dir.is_dir() and not socket_dir.is_relative_to(deep)
+    assert not socket_dir.exists()
 
 
 def test_kept_services_stay_after_the_block(data_dir: Path) -> None:

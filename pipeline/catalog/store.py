@@ -1,0 +1,85 @@
+"""Reading the published versions: PostgreSQL is the truth behind the catalog topic."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg import Connection
+
+from pipeline.core.contracts import Contract
+from pipeline.core.documents import Entry, Item, Kind, from_document
+from pipeline.core.periods import to_micros
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One published version, with who published it, when (UTC) and why."""
+
+    entry: Entry
+    item: Item
+    published_at: datetime
+    published_by: str
+    reason: str
+
+
+_SELECT_NEWEST = """
+SELECT DISTINCT ON (kind, id) kind, id, version, valid_from, document
+FROM billing.catalog_version
+JOIN unnest(%s::billing.catalog_kind[], %s::text[]) AS wanted (kind, id) USING (kind, id)
+ORDER BY kind, id, version DESC
+"""
+
+
+def newest(connection: "Connection[Any]", keys: Sequence[tuple[Kind, str]]) -> dict[tuple[Kind, str], Entry]:
+    """The newest version of each of these documents that has one."""
+    rows = connection.execute(_SELECT_NEWEST, [[kind for kind, _ in keys], [name for _, name in keys]])
+    return {(row[0], row[1]): _entry(*row) for row in rows}
+
+
+_SELECT_CONTRACTS = """
+SELECT DISTINCT ON (id) kind, id, version, valid_from, document
+FROM billing.catalog_version
+WHERE kind = 'contract' AND document ->> 'account' = ANY(%s)
+ORDER BY id, version DESC
+"""
+
+
+def contracts_of(connection: "Connection[Any]", accounts: Iterable[str]) -> list[Contract]:
+    """The newest version of every contract of these accounts, by id."""
+    entries = [_entry(*row) for row in connection.execute(_SELECT_CONTRACTS, [list(accounts)])]
+    return [item for entry in entries if isinstance(item := from_document(entry), Contract)]
+
+
+def ids(connection: "Connection[Any]", kind: Kind) -> list[str]:
+    """Ids of all documents of a kind, in order."""
+    rows = connection.execute("SELECT DISTINCT id FROM billing.catalog_version WHERE kind = %s ORDER BY id", [kind])
+    return [str(row[0]) for row in rows]
+
+
+_SELECT_VERSIONS = """
+SELECT kind, id, version, valid_from, document, published_at, published_by, reason
+FROM billing.catalog_version
+WHERE kind = %(kind)s AND (%(id)s::text IS NULL OR id = %(id)s)
+ORDER BY id, version
+"""
+
+
+def versions(connection: "Connection[Any]", kind: Kind, id: str | None = None) -> list[Version]:
+    """Every version of one document, or of all of a kind, by id and version. Raises ValueError for one not readable."""
+    rows = connection.execute(_SELECT_VERSIONS, {"kind": kind, "id": id})
+    return [
+        Version(
+            entry := _entry(*row[:5]), from_document(entry), published_at=row[5], published_by=row[6], reason=row[7]
+        )
+        for row in rows
+    ]
+
+
+def current(connection: "Connection[Any]", kind: Kind) -> list[Version]:
+    """The newest version of every document of a kind, by id."""
+    return list({version.entry.id: version for version in versions(connection, kind)}.values())
+
+
+def _entry(kind: Kind, id: str, version: int, valid_from: datetime, document: dict[str, Any]) -> Entry:
+    return Entry(kind, id, version, to_micros(valid_from), document)

@@ -1,0 +1,244 @@
+"""The state of a deployment in one object: what is behind, how fast it moves, who works, what waits for a person."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import psycopg
+from confluent_kafka import KafkaException
+from psycopg import Connection
+
+from pipeline.infra.avro import load_schemas
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import Topics
+from pipeline.operations.lag import (
+    Away,
+    KafkaLook,
+    Refused,
+    Relay,
+    StageLag,
+    per_second,
+    refused,
+    relay,
+    sink_positions,
+)
+from pipeline.operations.peek import Place
+
+#: Time between the two looks that rates are made of, seconds.
+BETWEEN_LOOKS_S = 1.0
+
+
+class Moment(NamedTuple):
+    """Where the stages stood at one moment (monotonic seconds). None where that service is away."""
+
+    at: float
+    rater: Mapping[Place, int] | None
+    sink: Mapping[Place, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One look. None where a service is away; its problem says why."""
+
+    at: datetime
+    kafka_problem: str | None
+    postgres_problem: str | None
+    rater: StageLag | None
+    sink: StageLag | None
+    relay: Relay | None
+    refused: Refused | None
+
+    @property
+    def reachable(self) -> bool:
+        return self.kafka_problem is None and self.postgres_problem is None
+
+    @property
+    def caught_up(self) -> bool:
+        """Every stage was reached and has nothing to do."""
+        stages = (self.rater, self.sink)
+        return self.relay is not None and self.relay.pending == 0 and all(s is not None and s.lag == 0 for s in stages)
+
+
+class Watcher:
+    """Looks again and again; connects anew after a service was away."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._schemas = load_schemas(settings.registry_url)
+        self._topics = Topics(settings.topic_prefix)
+        self._kafka: KafkaLook | None = None
+        self._postgres: Connection[Any] | None = None
+        self._before: Moment | None = None
+
+    def close(self) -> None:
+        if self._postgres is not None:
+            self._postgres.close()
+
+    def look(self) -> Status:
+        """Look now. Rates come from the last look, the first time from one a second before."""
+        if self._before is None:
+            self._before = self._moment()[0]
+            time.sleep(BETWEEN_LOOKS_S)
+        before, (now, kafka_problem, postgres_problem) = self._before, self._moment()
+        self._before = now
+        rater = sink = None
+        pending = rest = None
+        if self._kafka is not None:
+            topics, kafka = self._topics, self._kafka
+            try:
+                ends = kafka.ends()
+                if now.rater is not None:
+                    rate = _rate(topics.events, before.at, before.rater, now.at, now.rater)
+                    rater = kafka.stage("rater", kafka.rater_topics, now.rater, ends, rate, self._schemas)
+                if now.sink is not None:
+                    rate = _rate(topics.rated, before.at, before.sink, now.at, now.sink)
+                    sink = kafka.stage("sink", kafka.sink_topics, now.sink, ends, rate, self._schemas)
+            except (KafkaException, TimeoutError) as error:
+                kafka_problem, self._kafka = _said(error), None
+        if self._postgres is not None:
+            try:
+                pending, rest = relay(self._postgres), refused(self._postgres)
+            except psycopg.Error as error:
+                postgres_problem = self._lost_postgres(error)
+        return Status(datetime.now(UTC), kafka_problem, postgres_problem, rater, sink, pending, rest)
+
+    def _moment(self) -> tuple[Moment, str | None, str | None]:
+        """Where the stages stand, and what does not answer."""
+        kafka_problem = postgres_problem = None
+        rater = sink = None
+        try:
+            self._kafka = self._kafka or KafkaLook(self._settings)
+            rater = self._kafka.rater_positions()
+        except (Away, KafkaException, TimeoutError) as error:
+            kafka_problem, self._kafka = _said(error), None
+        try:
+            self._postgres = self._postgres or connect(self._settings.dsn, application="status", autocommit=True)
+            sink = sink_positions(self._postgres)
+        except ValueError as error:  # no address known
+            postgres_problem = str(error)
+        except psycopg.Error as error:
+            postgres_problem = self._lost_postgres(error)
+        return Moment(time.monotonic(), rater, sink), kafka_problem, postgres_problem
+
+    def _lost_postgres(self, error: psycopg.Error) -> str:
+        if self._postgres is not None:
+            self._postgres.close()
+        self._postgres = None
+        if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
+            return "PostgreSQL has no tables of Tally yet: run `tally up`, or `tally migrate` on your own server"
+        return f"PostgreSQL: {str(error).strip()}"
+
+
+def _said(error: Exception) -> str:
+    return f"Kafka: {error.args[0]}" if isinstance(error, KafkaException) else str(error)
+
+
+def _rate(
+    topic: str, before_at: float, before: Mapping[Place, int] | None, now_at: float, now: Mapping[Place, int]
+) -> float | None:
+    return None if before is None else per_second(topic, (before_at, before), (now_at, now))
+
+
+def headline(status: Status) -> str:
+    """What a person wants to know first, in one line."""
+    parts = [problem for problem in (status.kafka_problem, status.postgres_problem) if problem]
+    for stage, records in ((status.rater, "events"), (status.sink, "records")):
+        if stage is not None and stage.lag:
+            parts.append(_behind(stage, records))
+        elif stage is not None and not stage.group.members:
+            parts.append(f"no {stage.stage} is running")
+    if status.relay is not None and status.relay.pending:
+        versions = "version waits" if status.relay.pending == 1 else "versions wait"
+        parts.append(f"{status.relay.pending:,} catalog {versions} for the relay")
+    if status.caught_up:
+        parts.insert(0, "all caught up")
+    return "; ".join(parts)
+
+
+def _behind(stage: StageLag, records: str) -> str:
+    partitions = {one.partition for one in stage.partitions if one.lag}
+    where = "1 partition" if len(partitions) == 1 else f"{len(partitions)} partitions"
+    text = f"{stage.stage} is {stage.lag:,} {records} behind on {where}"
+    if not stage.group.members:
+        return f"{text}, and none is running"
+    if stage.seconds_left is None:
+        return f"{text}, and stands still"
+    return f"{text}, ~{max(1, round(stage.seconds_left)):,} s at the present rate"
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """The status as data for JSON: field names are a promise."""
+    return {
+        "at": status.at,
+        "headline": headline(status),
+        "caught_up": status.caught_up,
+        "kafka": {"reachable": status.kafka_problem is None, "problem": status.kafka_problem},
+        "postgres": {"reachable": status.postgres_problem is None, "problem": status.postgres_problem},
+        "rater": None if status.rater is None else _stage_json(status.rater),
+        "sink": None if status.sink is None else _stage_json(status.sink),
+        "relay": None
+        if status.relay is None
+        else {"pending_versions": status.relay.pending, "oldest_at": status.relay.oldest_at},
+        "dead_letters": None
+        if status.refused is None
+        else [
+            {
+                "reason": one.reason,
+                "events": one.events,
+                "discarded": one.discarded,
+                "oldest_at": one.oldest_at,
+                "oldest_age_seconds": _age(status.at, one.oldest_at),
+            }
+            for one in status.refused.dead_letters
+        ],
+        "parked": None
+        if status.refused is None
+        else [
+            {
+                "reason": one.reason,
+                "events": one.events,
+                "replaying": one.replaying,
+                "oldest_at": one.oldest_at,
+                "oldest_age_seconds": _age(status.at, one.oldest_at),
+                "next_due_at": one.next_due_at,
+            }
+            for one in status.refused.parked
+        ],
+        "quarantined": None
+        if status.refused is None
+        else [{"reason": reason, "rows": rows} for reason, rows in status.refused.quarantined.items()],
+    }
+
+
+def _stage_json(stage: StageLag) -> dict[str, Any]:
+    return {
+        "lag": stage.lag,
+        "waiting": stage.waiting,
+        "per_second": None if stage.per_second is None else round(stage.per_second, 1),
+        "seconds_left": None if stage.seconds_left is None else round(stage.seconds_left, 1),
+        "group": {
+            "name": stage.group.name,
+            "state": stage.group.state,
+            "members": [member._asdict() for member in stage.group.members],
+        },
+        "partitions": [
+            {
+                "topic": one.topic,
+                "partition": one.partition,
+                "position": one.position,
+                "end": one.end,
+                "lag": one.lag,
+                "waiting": one.waiting,
+                "oldest_at": one.oldest_at,
+                "member": one.member,
+            }
+            for one in stage.partitions
+        ],
+    }
+
+
+def _age(now: datetime, then: datetime | None) -> float | None:
+    return None if then is None else round((now - then).total_seconds(), 1)

@@ -1,0 +1,208 @@
+"""What is measured on: a realistic catalog, usage from one seed, and processes with their costs."""
+
+import io
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import fastavro
+import psutil
+from confluent_kafka import KafkaError, Producer
+
+from pipeline.core.charges import Charge, Tier
+from pipeline.core.contracts import Account, Contract
+from pipeline.core.documents import Item, to_document
+from pipeline.core.meters import Meter
+from pipeline.core.plans import Plan
+from pipeline.infra import processes
+from pipeline.infra.avro import CATALOG, EVENTS, frame, load_schemas
+from pipeline.infra.clock import instant
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import Topics
+from pipeline.rating.changelog import expiry_day, pack_seen
+
+ACCOUNTS = 1_000
+_MODELS, _REGIONS = ("small", "medium", "large"), ("eu", "us", "ap")
+_TYPES = ("completion", "embedding")
+_UNIT = 10**9
+_DAY_US = 86_400_000_000
+
+
+def catalog() -> list[Item]:
+    """1,000 accounts on five plans of two graduated charges."""
+    items: list[Item] = [
+        Meter(f"m-{kind}", 1, kind, "sum", "tokens", "token", (), allow_negative=False, valid_from_us=0)
+        for kind in _TYPES
+    ]
+    for number in range(5):
+        base = Decimal(2000 + 137 * number) / 10**9
+        charges = tuple(
+            Charge(
+                id=f"c-{kind}",
+                meter=f"m-{kind}",
+                model="graduated",
+                tiers=(
+                    Tier(20_000 * _UNIT, base * factor),
+                    Tier(150_000 * _UNIT, base * factor * 3 / 4),
+                    Tier(None, base * factor / 2),
+                ),
+            )
+            for kind, factor in zip(_TYPES, (10, 1), strict=True)
+        )
+        items.append(Plan(f"plan-{number}", 1, f"Plan {number}", "USD", 0, charges))
+    for number in range(ACCOUNTS):
+        account = f"acct-{number:05d}"
+        items.append(Account(account, 1, account, "UTC"))
+        items.append(Contract(f"{account}-main", 1, account, f"plan-{number % 5}", 0, None))
+    return items
+
+
+def events(count: int, seed: int = 7) -> list[tuple[bytes, bytes]]:
+    """(key, framed value): 2 % repeats, 0.1 % that cannot be rated, times over the last 19 days."""
+    schemas = load_schemas()
+    newest = schemas.newest(EVENTS)
+    schema, head = newest.parsed(), frame(newest.id)
+    dice = random.Random(seed)
+    start = time.time_ns() // 1000 - 20 * _DAY_US
+    made: list[tuple[bytes, bytes]] = []
+    for number in range(count):
+        luck = dice.random()
+        if luck < 0.02 and made:
+            made.append(made[dice.randrange(max(0, len(made) - 50_000), len(made))])
+            continue
+        account = f"nobody-{number % 97}" if luck > 0.9993 else f"acct-{dice.randrange(ACCOUNTS):05d}"
+        quantity = dice.randrange(1, 2001)
+        out = io.BytesIO()
+        out.write(head)
+        fastavro.schemaless_writer(
+            out,
+            schema,
+            {
+                "idempotency_key": f"{dice.getrandbits(128):032x}",
+                "account": account,
+                "event_type": _TYPES[dice.random() < 0.3],
+                "timestamp": start + number * (19 * _DAY_US // count),
+                "subject": "",
+                "properties": {
+                    "tokens": "12x" if 0.9990 < luck <= 0.9993 else str(quantity),
+                    "model": _MODELS[quantity % 3],
+                    "region": _REGIONS[number % 3],
+                },
+                "source": "bench/1",
+                "sequence": number + 1,
+            },
+        )
+        made.append((account.encode(), out.getvalue()))
+    return made
+
+
+def send(settings: Settings, topic: str, messages: list[tuple[bytes, bytes]]) -> None:
+    producer = Producer(
+        {
+            **settings.kafka,
+            "partitioner": "murmur2_random",
+            "compression.type": "lz4",
+            "linger.ms": 20,
+            "queue.buffering.max.messages": 2_000_000,
+            "queue.buffering.max.kbytes": 2_000_000,
+        }
+    )
+    failures: list[KafkaError] = []
+
+    def report(error: KafkaError | None, _: object) -> None:
+        if error is not None:
+            failures.append(error)
+
+    for key, value in messages:
+        producer.produce(topic, value, key, on_delivery=report)
+    if producer.flush(120) or failures:
+        raise RuntimeError(f"not everything reached {topic}: {failures[:1]}")
+
+
+def send_catalog(settings: Settings) -> None:
+    schemas = load_schemas()
+    messages = []
+    for item in catalog():
+        kind = type(item).__name__.lower()
+        entry = {
+            "kind": kind,
+            "id": item.id,
+            "version": 1,
+            "valid_from": instant(0),
+            "document": json.dumps(to_document(item)),
+            "published_at": instant(0),
+            "published_by": "bench",
+        }
+        messages.append((f"{kind}/{item.id}/1".encode(), schemas.encode(CATALOG, entry)))
+    send(settings, Topics(settings.topic_prefix).catalog, messages)
+
+
+def send_seen(settings: Settings, keys: int) -> None:
+    """Put ``keys`` identities that no event has into the changelog, spread over the partitions."""
+    dice = random.Random(11)
+    producer = Producer({**settings.kafka, "queue.buffering.max.kbytes": 2_000_000})
+    day = expiry_day(time.time_ns() // 1_000_000)
+    for partition in range(settings.partitions):
+        entries = [dice.randbytes(24) for _ in range(keys // settings.partitions)]
+        for block in pack_seen({day: entries}):
+            producer.produce(Topics(settings.topic_prefix).seen, block, None, partition)
+    if producer.flush(120):
+        raise RuntimeError("the changelog was not written")
+
+
+@dataclass(slots=True)
+class Cost:
+    """CPU and memory of a process, by its own account."""
+
+    process: psutil.Process
+    anonymous_bytes: int = 0
+
+    def cpu_seconds(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+    def look(self) -> None:
+        """Note the anonymous memory (RssAnon: what is really the process's own, mapped files left out)."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                self.anonymous_bytes = max(self.anonymous_bytes, int(line.split()[1]) * 1024)
+
+
+@contextmanager
+def worker(settings: Settings, code: str) -> Iterator[Cost]:
+    """A Python process that runs ``code`` with the settings' world in its environment."""
+    log = settings.data_dir / "worker.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **psutil.Process().environ(),
+        "TALLY_KAFKA_BOOTSTRAP": settings.kafka_bootstrap or "",
+        "TALLY_POSTGRES_DSN": settings.dsn,
+        "TALLY_TOPIC_PREFIX": settings.topic_prefix,
+        "TALLY_DATA_DIR": str(settings.data_dir),
+    }
+    with log.open("wb") as output:
+        process = processes.spawn([sys.executable, "-c", code], output=output, env=environment)
+    try:
+        # The launcher becomes the worker by exec: one process, whose costs are all the worker's.
+        yield Cost(psutil.Process(process.pid))
+        if process.poll() is not None:
+            raise RuntimeError(f"the worker ended early:\n{processes.tail(log)}")
+    finally:
+        processes.end([process], grace=20)
+
+
+RATER = (
+    "from pipeline.infra import logs; from pipeline.infra.settings import Settings; "
+    "from pipeline.rating.app import run; s = Settings(); logs.configure(s, worker='rater'); run(s)"
+)
+SINK = (
+    "import signal, threading; from pipeline.infra import logs; from pipeline.infra.settings import Settings; "
+    "from pipeline.billing.sink import run; s = Settings(); logs.configure(s, worker='sink'); "
+    "stop = threading.Event(); signal.signal(signal.SIGTERM, lambda *_: stop.set()); run(s, stop)"
+)

@@ -1,0 +1,109 @@
+"""``tally plans`` as a user types it."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.infra.resources import demo_dir
+from pipeline.infra.settings import Settings
+
+from .running import Tally
+
+PRICES = demo_dir() / "prices.yaml"
+
+
+@pytest.fixture
+def tally(settings: Settings) -> Tally:
+    return Tally(settings)
+
+
+def edited(folder: Path, old: str, new: str) -> Path:
+    file = folder / "edited.yaml"
+    text = PRICES.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    return file
+
+
+def test_check_of_a_right_file(tally: Tally) -> None:
+    assert tally("plans", "check", PRICES).stdout == "No mistakes: 2 meters, 1 plan, 2 charges.\n"
+    assert tally.json("plans", "check", PRICES) == {"meters": 2, "plans": 1, "charges": 2, "findings": []}
+
+
+def test_check_names_every_mistake_with_its_line(tally: Tally, tmp_path: Path) -> None:
+    file = edited(tmp_path, "meter: llm-output-tokens", "meter: llm-output-token")
+    file.write_text(file.read_text().replace("currency: USD", "currency: dollars"))
+    lines = file.read_text().splitlines()
+    done = tally("plans", "check", file, code=4)
+    assert done.stdout == ""
+    currency = 1 + lines.index("    currency: dollars")
+    meter = 1 + lines.index("        meter: llm-output-token")
+    assert done.stderr.splitlines() == [
+        f"{file}:{currency}: plans[llm-standard].currency: expected a currency code of ISO 4217 such as USD, "
+        "got 'dollars'",
+        f"{file}:{meter}: plans[llm-standard].charges[output-tokens].meter: expected a meter of the files given, "
+        "got 'llm-output-token': did you mean 'llm-output-tokens'?",
+        "2 mistakes; nothing published.",
+    ]
+    found = tally.json("plans", "check", file, code=4)["findings"]
+    assert [(finding["line"], finding["path"]) for finding in found] == [
+        (currency, "plans[llm-standard].currency"),
+        (meter, "plans[llm-standard].charges[output-tokens].meter"),
+    ]
+
+
+def test_publish_list_and_show(tally: Tally, tmp_path: Path) -> None:
+    first = tally.json("plans", "publish", PRICES, "--reason", "launch")
+    assert [(one["kind"], one["version"], one["valid_from"], one["outcome"]) for one in first["published"]] == [
+        ("meter", 1, "1970-01-01T00:00:00Z", "new"),
+        ("meter", 1, "1970-01-01T00:00:00Z", "new"),
+        ("plan", 1, "1970-01-01T00:00:00Z", "new"),
+    ]
+    again = tally("plans", "publish", PRICES)
+    assert "Nothing changed, nothing published." in again.stderr
+    cheaper = edited(tmp_path, "0.000015", "0.000014")
+    changed = tally("plans", "publish", cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--reason", "spring")
+    assert "1 published, 2 unchanged." in changed.stderr
+    assert "2100-01-01T00:00:00Z" in changed.stdout
+
+    (listed,) = tally.json("plans", "list")
+    assert (listed["id"], listed["version"], listed["currency"], listed["published_by"]) == (
+        "llm-standard",
+        2,
+        "USD",
+        "ada",
+    )
+    assert "llm-standard" in tally("plans", "list").stdout
+
+    newest, oldest = (
+        tally.json("plans", "show", "llm-standard"),
+        tally.json("plans", "show", "llm-standard", "--version", 1),
+    )
+    assert newest["charges"][1]["unit_price"] == "0.000014"
+    assert oldest["charges"][1]["unit_price"] == "0.000015"
+    assert [(version["version"], version["reason"]) for version in newest["versions"]] == [(1, "launch"), (2, "spring")]
+    assert {meter["id"] for meter in newest["meters"]} == {"llm-input-tokens", "llm-output-tokens"}
+
+    table = tally("plans", "show", "llm-standard", "--version", 1).stdout
+    for row in ("0 to 500,000", "500,000 to 1,200,000", "above 1,200,000", "0.0000025", "every token", "the beginning"):
+        assert row in table
+
+
+def test_a_refused_publication_says_where_and_what_to_do(tally: Tally, tmp_path: Path) -> None:
+    tally("plans", "publish", PRICES)
+    euros = edited(tmp_path, "currency: USD", "currency: EUR")
+    refused = tally("plans", "publish", euros, code=4)
+    assert "expected currency USD, as in version 1" in refused.stderr
+    assert refused.stderr.endswith("1 mistake; nothing published.\n")
+    assert tally.json("plans", "publish", euros, code=4)["findings"][0]["path"] == "plans[llm-standard].id"
+    assert [plan["version"] for plan in tally.json("plans", "list")] == [1]
+
+
+def test_what_is_not_there(tally: Tally, tmp_path: Path) -> None:
+    assert "No plan is published yet" in tally("plans", "list").stderr
+    assert "expected a published plan, got 'gold'" in tally("plans", "show", "gold", code=3).stderr
+    tally("plans", "publish", PRICES)
+    missing = tally("plans", "show", "llm-standard", "--version", 7, code=3).stderr
+    assert "expected a version from 1 to 1 of plan 'llm-standard', got 7" in missing
+    assert "does not exist" in tally("plans", "check", tmp_path / "none.yaml", code=2).stderr
+    assert "expected --valid-from now" in tally("plans", "publish", PRICES, "--valid-from", "soon", code=2).stderr

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import psycopg
+import pytest
+from confluent_kafka import Producer
+
+from pipeline.infra import doctor
+from pipeline.infra.doctor import Finding, examine
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import Topics
+
+
+def _findings(settings: Settings) -> dict[str, Finding]:
+    return {finding.check: finding for finding in examine(settings)}
+
+
+def test_all_is_well_but_for_the_workers(settings: Settings) -> None:
+    findings = _findings(settings)
+    assert {name for name, finding in findings.items() if not finding.ok} == {"raters", "sinks"}
+    assert "tally up" in findings["raters"].fix
+    assert {"python", "kafka", "topics", "broker clock", "postgres", "postgres clock", "migrations"} <= findings.keys()
+
+
+def test_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TALLY_KAFKA_BOOTSTRAP", raising=False)
+    monkeypatch.delenv("TALLY_POSTGRES_DSN", raising=False)
+    findings = _findings(Settings(data_dir=tmp_path / "none"))
+    assert {name for name, finding in findings.items() if not finding.ok} == {"kafka", "postgres"}
+    assert findings["java"].ok and findings["disk"].ok and findings["packages"].ok
+
+
+def test_services_that_do_not_answer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_TIMEOUT", 2)
+    away = Settings(
+        kafka_bootstrap="127.0.0.1:9",
+        postgres_dsn="postgresql://nobody@127.0.0.1:9/x",
+        registry_url="http://127.0.0.1:9",
+        data_dir=settings.data_dir,
+    )
+    findings = _findings(away)
+    assert not findings["kafka"].ok and "refused" in findings["kafka"].found
+    assert not findings["postgres"].ok and "refused" in findings["postgres"].found
+    assert not findings["registry"].ok and "TALLY_REGISTRY_URL" in findings["registry"].fix
+    assert "topics" not in findings and "migrations" not in findings
+
+
+def test_other_partition_count(settings: Settings) -> None:
+    topics = _findings(settings.model_copy(update={"partitions": 3}))["topics"]
+    assert (topics.ok, topics.fix) == (
+        False,
+        "set TALLY_PARTITIONS=4, or migrate (drain, rebuild state by account, switch)",
+    )
+
+
+def test_pending_migration_is_named(settings: Settings) -> None:
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        connection.execute("DELETE FROM _yoyo_migration")
+    migrations = _findings(settings)["migrations"]
+    assert not migrations.ok
+    assert "0001.tables" in migrations.found
+    assert migrations.fix == "`tally migrate`"
+
+
+def test_broker_clock_ahead(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    producer = Producer(settings.kafka)
+    producer.produce(Topics(settings.topic_prefix).events, b"x", key=b"a")
+    assert producer.flush(15) == 0
+    assert _findings(settings)["broker clock"].ok
+    true_time = doctor.time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: true_time() - 60)
+    findings = _findings(settings)
+    assert not findings["broker clock"].ok
+    assert not findings["postgres clock"].ok
+    assert findings["postgres clock"].found.startswith(("59.", "60."))
