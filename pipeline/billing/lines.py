@@ -56,7 +56,8 @@ class Lines:
             invoices = _create_invoices(connection, {_invoice_key(key) for key in missing})
             invoice_of |= {key: invoices[_invoice_key(key)] for key in missing}
         still_open = _lock_invoices(connection, set(invoice_of.values()))
-        create = [key for key in missing if invoice_of[key] in still_open]
+        # Ordered, so that the same usage gives the same ids.
+        create = sorted((key for key in missing if invoice_of[key] in still_open), key=_line_order)
         if create:
             ids = _create_lines(connection, [(invoice_of[key], key[1]) for key in create])
             for key, line_id in zip(create, ids, strict=True):
@@ -87,6 +88,11 @@ SELECT coalesce((
 def _invoice_key(key: LineKey) -> InvoiceKey:
     account, terms = key
     return account, terms.currency, terms.period_start_us, terms.period_end_us
+
+
+def _line_order(key: LineKey) -> tuple[str, int, str, str]:
+    account, terms = key
+    return account, terms.segment_start_us, terms.charge, terms.cell
 
 
 # Sorted, so that two sinks that create the same invoices wait for each other in one order.

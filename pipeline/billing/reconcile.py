@@ -7,23 +7,27 @@ arrived but was not rated yet, or was rated but not written yet, is lag and no d
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
-from psycopg import Connection, IsolationLevel
+import psycopg
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+from psycopg import Connection
 
 from pipeline.billing.intake import Place
 from pipeline.billing.receipts import SEQUENCE_BLOCK
 from pipeline.infra.kafka import passes
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
-from pipeline.infra.topics import Topics
+from pipeline.infra.topics import TopicMismatch, Topics
 
 #: Places named in a detail before "and n more".
 _NAMED_MAX = 5
 #: Longest wait for one answer of the broker, seconds.
 _BROKER_ANSWER_S = 15.0
+#: Sums of amounts have more digits than the default context keeps.
+_EXACT = Context(prec=200, traps=[Inexact, InvalidOperation])
 #: Time between two looks while waiting for lag to go, seconds.
 _LOOK_EVERY_S = 0.5
 
@@ -39,7 +43,7 @@ class Check:
 
     @property
     def difference(self) -> Decimal:
-        return self.left - self.right
+        return _EXACT.subtract(self.left, self.right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def reconcile(settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0) 
     until = time.monotonic() + wait_s
     while True:
         with connect(settings.dsn, application="reconcile") as connection:
-            connection.isolation_level = IsolationLevel.REPEATABLE_READ  # one moment for all statements
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ  # one moment for all statements
             connection.read_only = True
             lags = _lags(settings, connection)
             if not any(lag.offsets for lag in lags) or time.monotonic() >= until:
@@ -323,68 +327,69 @@ def _lags(settings: Settings, connection: "Connection[Any]") -> tuple[Lag, ...]:
     What waits on the retry topic for its time is parked, a state of its own, and no lag of the rater.
     """
     topics = Topics(settings.topic_prefix)
-    covered = connection.execute(
-        "SELECT topic, partition, max(next_offset) FROM billing.receipt GROUP BY topic, partition"
-    ).fetchall()
-    written = connection.execute("SELECT topic, partition, next_offset FROM billing.sink_position").fetchall()
-    stages = {
-        "rater": ((topics.events,), covered),
-        "sink": ((topics.rated, topics.receipts, topics.retry, topics.dead_letter), written),
+    covered = (
+        "SELECT topic, partition, max(next_offset) FROM billing.receipt WHERE topic = %s GROUP BY topic, partition"
+    )
+    written = "SELECT topic, partition, next_offset FROM billing.sink_position"
+    positions: dict[Place, int] = {
+        (topic, partition): offset
+        for topic, partition, offset in (
+            *connection.execute(covered, [topics.events]),
+            *connection.execute(written),
+        )
     }
-    lags = []
+    read = (topics.rated, topics.receipts, topics.retry, topics.dead_letter)
+    left = dict.fromkeys((topics.events, *read), 0)
+    for (topic, _), offsets in _offsets_left(settings, tuple(left), positions).items():
+        left[topic] += offsets
+    return tuple(Lag(topic, "sink" if topic in read else "rater", offsets) for topic, offsets in left.items())
+
+
+def _offsets_left(settings: Settings, topics: tuple[str, ...], positions: dict[Place, int]) -> dict[Place, int]:
+    """Offsets from the positions to the ends of the logs, where a committed record is left; markers are no lag."""
+    ends = {place: end for place, end in _ends(settings, topics).items() if end > positions.get(place, 0)}
+    if not ends:
+        return {}
     consumer = Consumer(
         settings.kafka
         | {
-            "group.id": settings.topic_prefix + "reconcile",  # required, never joined
+            "group.id": settings.topic_prefix + "reconcile",  # required by the library, never joined
             "isolation.level": "read_committed",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
-            "auto.offset.reset": "earliest",
+            "auto.offset.reset": "earliest",  # where retention has taken what was read
+            "fetch.wait.max.ms": 10,  # most partitions hold nothing more: hear of it at once
         }
     )
+    left: dict[Place, int] = {}
+    until = time.monotonic() + _BROKER_ANSWER_S
     try:
-        for stage, (names, rows) in stages.items():
-            positions = {(topic, partition): offset for topic, partition, offset in rows}
-            for topic in names:
-                found = consumer.list_topics(topic, timeout=_BROKER_ANSWER_S).topics[topic].partitions
-                behind = {(topic, partition): positions.get((topic, partition), 0) for partition in found}
-                lags.append(Lag(topic, stage, _offsets_left(consumer, behind)))
+        consumer.assign([TopicPartition(*place, positions.get(place, 0)) for place in ends])
+        while len(left) < len(ends):
+            message = consumer.poll(max(until - time.monotonic(), 0.0))
+            if message is None:
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer about {sorted(ends.keys() - left)}"))
+            place = (str(message.topic()), int(message.partition() or 0))
+            if (error := message.error()) is None:
+                left.setdefault(place, ends[place] - positions.get(place, 0))
+            elif error.code() == KafkaError._PARTITION_EOF:
+                left.setdefault(place, 0)
+            elif not passes(error):
+                raise KafkaException(error)
     finally:
         consumer.close()
-    return tuple(lags)
-
-
-def _offsets_left(consumer: Consumer, positions: dict[Place, int]) -> int:
-    """Offsets from the positions to the ends of the log, where records stand there; transaction markers are no lag."""
-    ends = {place: _bounds(consumer, place) for place in positions}
-    open_ends = {place: end for place, (low, end) in ends.items() if end > positions[place] and end > low}
-    if not open_ends:
-        return 0
-    consumer.assign([TopicPartition(*place, max(positions[place], ends[place][0])) for place in open_ends])
-    left = 0
-    until = time.monotonic() + _BROKER_ANSWER_S
-    undecided = set(open_ends)
-    while undecided:
-        message = consumer.poll(max(until - time.monotonic(), 0.0))
-        if message is None:
-            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer about {sorted(undecided)}"))
-        error = message.error()
-        if error is not None and error.code() != KafkaError._PARTITION_EOF:
-            if passes(error):
-                continue
-            raise KafkaException(error)
-        place = (str(message.topic()), int(message.partition() or 0))
-        if place in undecided:
-            undecided.remove(place)
-            if error is None:
-                left += open_ends[place] - positions[place]
-                consumer.pause([TopicPartition(*place)])
-    consumer.unassign()
     return left
 
 
-def _bounds(consumer: Consumer, place: Place) -> tuple[int, int]:
-    bounds = consumer.get_watermark_offsets(TopicPartition(*place), timeout=_BROKER_ANSWER_S)
-    if bounds is None:
-        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer on the offsets of {place[0]} {place[1]}"))
-    return bounds
+def _ends(settings: Settings, topics: tuple[str, ...]) -> dict[Place, int]:
+    """Ends of all partitions of the topics, as a reader of committed records sees them."""
+    admin = AdminClient(settings.kafka)
+    known = admin.list_topics(timeout=_BROKER_ANSWER_S).topics
+    if missing := [topic for topic in topics if topic not in known]:
+        raise TopicMismatch(f"topics {', '.join(missing)} do not exist: run `tally up`")
+    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    asked = admin.list_offsets(
+        {TopicPartition(topic, partition): latest for topic in topics for partition in known[topic].partitions},
+        isolation_level=IsolationLevel.READ_COMMITTED,
+    )
+    return {(p.topic, p.partition): future.result(_BROKER_ANSWER_S).offset for p, future in asked.items()}

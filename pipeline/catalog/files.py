@@ -3,32 +3,38 @@
 Files given together are one whole: a charge may use a meter of another file among them.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from decimal import Decimal
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeAlias, TypeVar, overload
+from typing import Any, Generic, TypeAlias, TypeVar, overload
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel
 
-from pipeline.catalog.source import Data, Finding, Key, Source, Where, expected, one_of, read, shown, suggestion
+from pipeline.catalog.models import (
+    CHARGE_MODELS,
+    ID,
+    AccountModel,
+    ContractModel,
+    MeterModel,
+    PackageModel,
+    PerUnitModel,
+    PlanModel,
+    TieredModel,
+    UnknownModel,
+)
+from pipeline.catalog.source import Data, Finding, Key, Source, Where, one_of, read, shown, suggestion
 from pipeline.core.charges import Charge, Tier
 from pipeline.core.contracts import Account, Contract, overlap
 from pipeline.core.meters import Filter, Meter
-from pipeline.core.money import PRICE_DECIMALS, QUANTITY_DECIMALS, Micros, minor_units, parse_decimal
-from pipeline.core.periods import format_instant, local_midnight, parse_instant, to_datetime
+from pipeline.core.money import Micros, parse_decimal
+from pipeline.core.periods import format_instant, local_midnight
 from pipeline.core.plans import Plan
 from pipeline.core.reasons import Reason
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _UTC = ZoneInfo("UTC")
-_NAME_MAX = 200
-_TEXT_MAX = 255
 
 T = TypeVar("T", Account, Contract, Meter, Plan)
 M = TypeVar("M", bound=BaseModel)
@@ -109,195 +115,6 @@ def overlap_finding(draft: Draft[Contract], other: Contract) -> Finding:
     )
 
 
-# Fields -------------------------------------------------------------------------------------------------------------
-
-
-def _id(value: Data) -> str:
-    if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise expected("an id (a letter or digit, then letters, digits and . _ : -, at most 128)", value)
-    return value
-
-
-def _text(what: str, most: int = _TEXT_MAX) -> Callable[[Data], str]:
-    def check(value: Data) -> str:
-        if not isinstance(value, str) or not value.strip() or len(value) > most:
-            raise expected(f"{what}, at most {most} characters", value)
-        return value
-
-    return check
-
-
-def _texts(value: Data) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, str) and v and len(v) <= _TEXT_MAX for v in values):
-        raise expected("a word or a list of words", next((v for v in values if not isinstance(v, str)), value))
-    if len(set(values)) < len(values):
-        repeated = next(v for n, v in enumerate(values) if v in values[:n])
-        raise expected("each value once", repeated)
-    return tuple(values)
-
-
-def _number(value: Data, decimals: int, *, above: int) -> int:
-    what = "a number above 0" if above == 0 else "a number of 0 or more"
-    number = parse_decimal(value, decimals=decimals) if isinstance(value, str) else Reason.NOT_A_NUMBER
-    match number:
-        case Reason.QUANTITY_TOO_PRECISE:
-            raise expected(f"at most {decimals} decimals", value)
-        case Reason.QUANTITY_TOO_LARGE:
-            raise expected("at most 18 digits before the point", value)
-        case Reason():
-            raise expected(what, value)
-    if number <= above:
-        raise expected(what, value)
-    return number
-
-
-def _price(value: Data) -> Decimal:
-    _number(value, PRICE_DECIMALS, above=-1)
-    return Decimal(value)
-
-
-def _quantity(value: Data) -> int:
-    return _number(value, QUANTITY_DECIMALS, above=-1)
-
-
-def _positive_quantity(value: Data) -> int:
-    return _number(value, QUANTITY_DECIMALS, above=0)
-
-
-def _choice(*words: str) -> Callable[[Data], Any]:
-    def check(value: Data) -> str:
-        if value not in words:
-            hint = suggestion(value, list(words)) if isinstance(value, str) else ""
-            raise expected(one_of(list(words)), value, hint if "did you mean" in hint else "")
-        return str(value)
-
-    return check
-
-
-def _flag(value: Data) -> bool:
-    return bool(_choice("true", "false")(value) == "true")
-
-
-def _currency(value: Data) -> str:
-    try:
-        minor_units(str(value))
-    except ValueError:
-        raise expected("a currency code of ISO 4217 such as USD", value) from None
-    return str(value)
-
-
-def _time_zone(value: Data) -> str:
-    try:
-        return ZoneInfo(value if isinstance(value, str) else "").key
-    except (ValueError, OSError, KeyError):  # what zoneinfo raises for a name it cannot look up, a folder, no name
-        raise expected("an IANA time zone such as Europe/Berlin", value) from None
-
-
-def _time(value: Data) -> date | Micros:
-    """A date, or an instant in microseconds since 1970 UTC; from 1970 to 9998, where every time zone can count."""
-    what = "a date such as 2026-01-31 or a time with zone such as 2026-01-31T09:00:00Z"
-    if not isinstance(value, str):
-        raise expected(what, value)
-    try:
-        time = date.fromisoformat(value) if _DATE.fullmatch(value) else parse_instant(value)
-    except ValueError:
-        raise expected(what, value) from None
-    if not 1970 <= (time if isinstance(time, date) else to_datetime(time)).year <= 9998:
-        raise expected("a year from 1970 to 9998", value)
-    return time
-
-
-Id = Annotated[str, BeforeValidator(_id)]
-Property = Annotated[str, BeforeValidator(_text("a property's name"))]
-Price = Annotated[Decimal, BeforeValidator(_price)]
-Quantity = Annotated[int, BeforeValidator(_quantity)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-Name = Annotated[str, BeforeValidator(_text("a name", _NAME_MAX))]
-Time = Annotated[date | int, BeforeValidator(_time)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _MeterModel(_Model):
-    id: Id
-    event_type: Annotated[str, BeforeValidator(_text("an event type", 128))]
-    aggregation: Annotated[Any, BeforeValidator(_choice("sum", "count"))]
-    value: Property | None = None
-    unit: Annotated[str, BeforeValidator(_text("a unit such as token", 64))]
-    filters: dict[str, Annotated[tuple[str, ...], BeforeValidator(_texts)]] | None = None
-    allow_negative: Flag = False
-    valid_from: Time | None = None
-
-
-class _PlanModel(_Model):
-    id: Id
-    name: Name
-    currency: Annotated[str, BeforeValidator(_currency)]
-    valid_from: Time | None = None
-
-
-class _ChargeModel(_Model):
-    id: Id
-    meter: Id
-    model: Annotated[Any, BeforeValidator(_choice("per_unit", "graduated", "volume", "package"))]
-    included: Quantity = 0
-    references: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
-
-
-class _TierModel(_Model):
-    up_to: Annotated[int, BeforeValidator(_positive_quantity)] | None = None
-    unit_price: Price = Decimal(0)
-    flat: Price = Decimal(0)
-
-
-class _PerUnitModel(_ChargeModel):
-    unit_price: Price
-
-
-class _TieredModel(_ChargeModel):
-    tiers: list[_TierModel]
-    flat_on_zero: Flag = True
-
-
-class _PackageModel(_ChargeModel):
-    package_size: Annotated[int, BeforeValidator(_positive_quantity)]
-    package_price: Price
-
-
-class _UnknownModel(_ChargeModel):
-    """Where the model is not one of ours, the price fields cannot be judged. Never valid."""
-
-    unit_price: Any = None
-    tiers: Any = None
-    flat_on_zero: Any = None
-    package_size: Any = None
-    package_price: Any = None
-
-
-_CHARGE_MODELS: dict[str, type[_ChargeModel]] = {
-    "per_unit": _PerUnitModel,
-    "graduated": _TieredModel,
-    "volume": _TieredModel,
-    "package": _PackageModel,
-}
-
-
-class _AccountModel(_Model):
-    id: Id
-    name: Name
-    time_zone: Annotated[str, BeforeValidator(_time_zone)] = "UTC"
-
-
-class _ContractModel(_Model):
-    id: Id | None = None
-    plan: Id
-    start: Time
-    end: Time | None = None
-
-
 # Items --------------------------------------------------------------------------------------------------------------
 
 
@@ -354,7 +171,7 @@ def _read_meter(part: _Part, drafts: Drafts) -> None:
         part.report("value", "expected the property to sum, got nothing")
     if aggregation == "count" and value is not None:
         part.report("value", f"expected no value, since a count looks at none, got {shown(value)}")
-    meter = part.validated(_MeterModel)
+    meter = part.validated(MeterModel)
     if meter is None:
         return
     item = Meter(
@@ -372,7 +189,7 @@ def _read_meter(part: _Part, drafts: Drafts) -> None:
 
 
 def _read_plan(part: _Part, meters: set[str], drafts: Drafts) -> None:
-    plan = part.validated(_PlanModel, without="charges")
+    plan = part.validated(PlanModel, without="charges")
     if isinstance(part.data, dict) and part.data.get("charges") in (None, []):
         part.report("charges", "expected at least one charge, got nothing")
     parts = part.parts("charges")
@@ -385,20 +202,20 @@ def _read_plan(part: _Part, meters: set[str], drafts: Drafts) -> None:
 
 def _read_charge(part: _Part, meters: set[str]) -> Charge | None:
     meter = _get(part.data, "meter")
-    if isinstance(meter, str) and _ID.fullmatch(meter) and meter not in meters:
+    if isinstance(meter, str) and ID.fullmatch(meter) and meter not in meters:
         hint = suggestion(meter, sorted(meters)) or ": give the file that defines it too"
         part.report("meter", f"expected a meter of the files given, got {meter!r}{hint}")
     _check_tiers(part)
-    model = _CHARGE_MODELS.get(str(_get(part.data, "model")), _UnknownModel)
+    model = CHARGE_MODELS.get(str(_get(part.data, "model")), UnknownModel)
     charge = part.validated(model)
     if charge is None:
         return None
     match charge:
-        case _PerUnitModel():
+        case PerUnitModel():
             own: dict[str, Any] = {"unit_price": charge.unit_price}
-        case _PackageModel():
+        case PackageModel():
             own = {"package_size": charge.package_size, "package_price": charge.package_price}
-        case _TieredModel():
+        case TieredModel():
             tiers = tuple(Tier(tier.up_to, tier.unit_price, tier.flat) for tier in charge.tiers)
             own = {"tiers": tiers, "flat_on_zero": charge.flat_on_zero}
     return Charge(charge.id, charge.meter, charge.model, included=charge.included, references=charge.references, **own)
@@ -432,10 +249,10 @@ def _check_tiers(part: _Part) -> None:
 
 def _read_account(part: _Part, drafts: Drafts) -> list[tuple[_Part, Data]]:
     """Also returns the account's contracts with their ids, for finding repeated ones."""
-    account = part.validated(_AccountModel, without="contracts")
+    account = part.validated(AccountModel, without="contracts")
     parts = part.parts("contracts")
     for contract in parts:
-        model = contract.validated(_ContractModel)
+        model = contract.validated(ContractModel)
         if model is None or account is None:
             continue
         zone = ZoneInfo(account.time_zone)

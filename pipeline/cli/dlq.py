@@ -280,18 +280,24 @@ def _draw_event(
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         for one in decisions:
-            detail = {name: value for name, value in one.detail.items() if name not in ("why", "original_value")}
             grid.add_row(
                 f"{one.at:%Y-%m-%d %H:%M:%S}",
-                Text(one.action, "bold"),
+                Text(one.action.removeprefix("dlq."), "bold"),
                 one.actor,
-                Text(f"{one.detail.get('why', '')}  "),
-                Text(", ".join(f"{name}={value}" for name, value in detail.items()), "dim"),
+                Text(_detail(one.detail)),
             )
         parts += [Text(), Text("decided", "bold"), Padding(grid, (0, 0, 0, 2))]
     if hint := _next_step(event):
         parts += [Text(), Text(hint, "dim")]
     return Group(*parts)
+
+
+def _detail(detail: dict[str, Any]) -> str:
+    """The audit entry's why, and what was set and replayed."""
+    texts = [str(detail.get("why", ""))]
+    texts += [f"set {name}={value}" for name, value in detail.get("set", {}).items()]
+    texts += [f"was {detail['reason']}"] if "reason" in detail else []
+    return " · ".join(texts)
 
 
 def _facts(event: UnratedEvent, money: Money | None, now: datetime) -> Iterator[tuple[str, str]]:
@@ -568,13 +574,7 @@ def _preview_replay(
     if len(picks) > len(shown):
         out.print(Text(f"and {len(picks) - len(shown):,} more", "dim"))
     if mend:
-        out.print(Text(f"each with {', '.join(f'{k} = {v}' for k, v in _mend_texts(mend))}", "dim"))
-
-
-def _mend_texts(mend: Mend) -> Iterator[tuple[str, object]]:
-    for name, value in mend.fields.items():
-        yield name, instant(value) if isinstance(value, int) else value
-    yield from mend.properties.items()
+        out.print(Text(f"each with {', '.join(f'{name}={value}' for name, value in mend.texts().items())}", "dim"))
 
 
 def _outcomes(connection: "Connection[Any]", origins: list[Origin], wait: float) -> dict[Origin, UnratedEvent]:

@@ -14,6 +14,7 @@ import typer
 import yaml
 from confluent_kafka.admin import AdminClient
 from pydantic import BaseModel, ConfigDict
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -157,12 +158,12 @@ def _send(
     before = read_checkpoint(job.checkpoint)
     if before.finished_at is not None:
         if not again:
-            err.print(f"{job.path} was sent before, finished {before.finished_at}; --again sends it once more")
+            _note(f"{job.path} was sent before, finished {before.finished_at}; --again sends it once more")
             return _summary(job, before, before, refused=0, seconds=0.0)
         before = Checkpoint()
         job.checkpoint.unlink()
     if before.rows:
-        err.print(f"resuming {job.path} after row {before.rows:,}")
+        _note(f"resuming {job.path} after row {before.rows:,}")
     started = time.monotonic()
     with ExitStack() as stack:
         try:
@@ -186,12 +187,13 @@ def _send(
             )
             while producer.flush(0.2):
                 meter.show(after)
+            meter.show(after, always=True)
         except MappingError as error:
             fail(str(error), EXIT_USAGE)
         except BufferFull as error:
             fail(f"{error}\nThe same command resumes where this one stopped.")
         except KeyboardInterrupt:
-            err.print("stopping; the same command resumes here")
+            _note("stopping; the same command resumes here")
             producer.close(_INTERRUPTED_CLOSE_SECONDS)
             raise
         refused = producer.stats.failed
@@ -300,9 +302,9 @@ class _BadRows:
         if self._file is not None:
             self._file.write(json.dumps(row._asdict()) + "\n")
         if self._shown < _BAD_ROWS_SHOWN:
-            err.print(f"line {row.line}: {row.reason}", highlight=False, markup=False, soft_wrap=True)
+            _note(f"line {row.line}: {row.reason}")
         elif self._shown == _BAD_ROWS_SHOWN:
-            err.print("more bad rows are not shown" + ("" if self._file else "; --rejects FILE writes them all"))
+            _note("more bad rows are not shown" + ("" if self._file else "; --rejects FILE writes them all"))
         self._shown += 1
 
 
@@ -322,7 +324,7 @@ class _Meter:
             disable=not err.is_terminal,
         )
         size = path.stat().st_size
-        self._task = self._progress.add_task(path.name, total=size, note="")
+        self._task = self._progress.add_task(escape(path.name), total=size, note="")
         self.file = self._progress.wrap_file(path.open("rb"), total=size, task_id=self._task)
         self._show_at = 0.0
 
@@ -334,9 +336,9 @@ class _Meter:
         self._progress.stop()
         self.file.close()
 
-    def show(self, at: Checkpoint) -> None:
-        """Note the counts, at most ten times a second."""
-        if (now := time.monotonic()) < self._show_at:
+    def show(self, at: Checkpoint, *, always: bool = False) -> None:
+        """Note the counts, at most ten times a second unless ``always``."""
+        if (now := time.monotonic()) < self._show_at and not always:
             return
         self._show_at = now + 0.1
         stats = self._producer.stats
@@ -344,8 +346,12 @@ class _Meter:
         if at.bad_rows:
             note += f", {at.bad_rows:,} bad rows"
         if stats.trouble is not None:
-            note += f" [yellow](Kafka: {stats.trouble})[/]"
+            note += f" [yellow](Kafka: {escape(stats.trouble)})[/]"
         self._progress.update(self._task, note=note)
+
+
+def _note(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _warn_once() -> Callable[[Usage], None]:
@@ -355,11 +361,9 @@ def _warn_once() -> Callable[[Usage], None]:
         nonlocal warned
         if not warned:
             warned = True
-            err.print(
+            _note(
                 f"warning: {usage.timestamp.isoformat()} is more than {AGE_MAX.days} days ago or 5 minutes ahead; "
-                "the rater dead-letters such events (too_old, in_the_future)",
-                highlight=False,
-                soft_wrap=True,
+                "the rater dead-letters such events (too_old, in_the_future)"
             )
 
     return warn
@@ -388,5 +392,5 @@ def _show(result: dict[str, object]) -> None:
     table.add_column(justify="right")
     for name, value in result.items():
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(name.replace("_", " "), text)
+        table.add_row(name.replace("_", " "), escape(text))
     out.print(table)

@@ -25,7 +25,7 @@ def reconcile(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that what arrived is rated, duplicate, parked or dead-lettered, and that rows add up to lines. Exit code 4 on a difference."""
+    """Prove that every event that arrived is in one state and every rated row in the money. Exit code 4 if not."""
     result = run_checks(settings_for(data_dir), wait_s=wait, grace_s=grace)
     if as_json:
         emit_json(as_data(result))

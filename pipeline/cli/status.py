@@ -114,7 +114,7 @@ def _stages(stages: list[StageLag], status: Status) -> Table:
                 topic,
                 Text(f"{lag:,}", "yellow" if lag else "green"),
                 _where(behind, sum(one.waiting for one in places)),
-                age(oldest, status.at),
+                age(oldest, status.at) if oldest else "",
                 rate,
             )
             rate = ""
@@ -126,7 +126,7 @@ def _stages(stages: list[StageLag], status: Status) -> Table:
             "billing.catalog",
             Text(f"{pending:,}", "yellow" if pending else "green"),
             "",
-            age(status.relay.oldest_at, status.at),
+            age(status.relay.oldest_at, status.at) if pending else "",
             "",
         )
     return table
@@ -139,7 +139,7 @@ def _where(behind: list[tuple[int, int]], waiting: int) -> str:
     if len(behind) > _PARTITIONS_NAMED:
         texts.append(f"{len(behind) - _PARTITIONS_NAMED} more")
     if waiting:
-        texts.append(f"{waiting:,} waiting for their time")
+        texts.append(f"{waiting:,} not due yet")
     return ", ".join(texts)
 
 

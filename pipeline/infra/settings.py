@@ -66,7 +66,8 @@ class Settings(BaseSettings):
         """Connection part of a librdkafka configuration. Raises ValueError when no broker is known."""
         if not self.kafka_bootstrap:
             raise ValueError("no Kafka known: set TALLY_KAFKA_BOOTSTRAP or run `tally up`")
-        config: dict[str, Any] = {"bootstrap.servers": self.kafka_bootstrap}
+        # Warnings and worse: below that the client speaks of its own housekeeping.
+        config: dict[str, Any] = {"bootstrap.servers": self.kafka_bootstrap, "log_level": 4}
         if self.kafka_security_protocol != "PLAINTEXT":
             config["security.protocol"] = self.kafka_security_protocol
         if self.kafka_security_protocol.startswith("SASL"):

@@ -14,6 +14,11 @@ IDENTITY_BYTES = 16
 PAYLOAD_BYTES = 8
 _VARINT_BYTES_MAX = 10
 _NUL = b"\0"
+#: Set in the first byte of a length that is not one byte long, or negative.
+_NOT_SHORT = 0x81
+#: Last five bytes of an eight-byte varint → its value from bit 21 on. Half a million distinct ones are 12 days of time.
+_HIGH: dict[bytes, int] = {}
+_HIGH_MAX = 500_000
 
 
 class Malformed(Exception):
@@ -48,40 +53,39 @@ def read_event(data: bytes) -> WireEvent:
         i = FRAME_BYTES
         n = data[i]
         i += 1
-        if n > 127:
-            n, i = _rest(data, i, n)
-        if n & 1:
-            raise Malformed("negative length")
+        if n & _NOT_SHORT:
+            n, i = _length(data, i, n)
         j = i + (n >> 1)
         key = data[i:j]
 
         n = data[j]
         i = j + 1
-        if n > 127:
-            n, i = _rest(data, i, n)
-        if n & 1:
-            raise Malformed("negative length")
+        if n & _NOT_SHORT:
+            n, i = _length(data, i, n)
         type_start = i + (n >> 1)
         account = data[i:type_start]
 
         n = data[type_start]
         i = type_start + 1
-        if n > 127:
-            n, i = _rest(data, i, n)
-        if n & 1:
-            raise Malformed("negative length")
+        if n & _NOT_SHORT:
+            n, i = _length(data, i, n)
         j = i + (n >> 1)
         event_type = data[i:j]
 
-        n, i = _rest(data, j + 1, data[j])
+        # A time of today takes eight bytes; the last five change every two seconds and are remembered.
+        i = j + 8
+        high = _HIGH.get(data[j + 3 : i])
+        if high is None or not data[j] & data[j + 1] & data[j + 2] & 128:
+            n, i = _rest(data, j + 1, data[j])
+            _remember_high(data[j + 3 : i])
+        else:
+            n = data[j] & 127 | (data[j + 1] & 127) << 7 | (data[j + 2] & 127) << 14 | high
         timestamp_us = (n >> 1) ^ -(n & 1)
 
         n = data[i]
         i += 1
-        if n > 127:
-            n, i = _rest(data, i, n)
-        if n & 1:
-            raise Malformed("negative length")
+        if n & _NOT_SHORT:
+            n, i = _length(data, i, n)
         subject_start, map_start = i, i + (n >> 1)
 
         # Properties: blocks of entries until an empty block; a negative count is followed by the block's size.
@@ -101,18 +105,14 @@ def read_event(data: bytes) -> WireEvent:
                 start = i
                 n = data[i]
                 i += 1
-                if n > 127:
-                    n, i = _rest(data, i, n)
-                if n & 1:
-                    raise Malformed("negative length")
+                if n & _NOT_SHORT:
+                    n, i = _length(data, i, n)
                 j = i + (n >> 1)
                 name = data[i:j]
                 n = data[j]
                 i = j + 1
-                if n > 127:
-                    n, i = _rest(data, i, n)
-                if n & 1:
-                    raise Malformed("negative length")
+                if n & _NOT_SHORT:
+                    n, i = _length(data, i, n)
                 j = i + (n >> 1)
                 properties[name] = data[i:j]
                 entries.append(data[start:j])
@@ -122,13 +122,14 @@ def read_event(data: bytes) -> WireEvent:
 
         n = data[i]
         i += 1
-        if n > 127:
-            n, i = _rest(data, i, n)
-        if n & 1:
-            raise Malformed("negative length")
+        if n & _NOT_SHORT:
+            n, i = _length(data, i, n)
         j = i + (n >> 1)
         source = data[i:j]
-        n, i = _rest(data, j + 1, data[j])
+        n = data[j]
+        i = j + 1
+        if n > 127:
+            n, i = _rest(data, i, n)
         sequence = (n >> 1) ^ -(n & 1)
     except IndexError:
         raise Malformed("truncated") from None
@@ -146,17 +147,24 @@ def read_event(data: bytes) -> WireEvent:
     ) and not (_NUL in named or _NUL in measures or _NUL in event_type or _NUL in subject or _NUL in source)
     if not plain:  # a text beyond ASCII, of 64 bytes or more, or empty (their lengths), or a bad one: look closely
         _check_texts(key, account, event_type, subject, source, *properties, *properties.values())
-    return WireEvent(
-        xxh3_128_digest(named),
-        xxh3_64_digest(data[type_start:map_start] + measures),
-        key,
-        account,
-        event_type,
-        timestamp_us,
-        properties,
-        source,
-        sequence,
+    # tuple.__new__ skips the keyword handling of a named tuple's own constructor: half the cost.
+    return _new(
+        WireEvent,
+        (
+            xxh3_128_digest(named),
+            xxh3_64_digest(data[type_start:map_start] + measures),
+            key,
+            account,
+            event_type,
+            timestamp_us,
+            properties,
+            source,
+            sequence,
+        ),
     )
+
+
+_new = tuple.__new__
 
 
 def _rest(data: bytes, i: int, first: int) -> tuple[int, int]:
@@ -178,6 +186,24 @@ def _rest(data: bytes, i: int, first: int) -> tuple[int, int]:
     return value, i
 
 
+def _length(data: bytes, i: int, first: int) -> tuple[int, int]:
+    """A length whose first byte stands before ``i``, still doubled (zigzag): for those of 64 or more, and bad ones."""
+    n = first
+    if n > 127:
+        n, i = _rest(data, i, first)
+    if n & 1:
+        raise Malformed("negative length")
+    return n, i
+
+
+def _remember_high(tail: bytes) -> None:
+    """Remember what the last five bytes of an eight-byte varint stand for."""
+    if len(tail) == 5 and tail[4] < 128 and min(tail[:4]) > 127:
+        if len(_HIGH) > _HIGH_MAX:
+            _HIGH.clear()
+        _HIGH[tail] = _rest(tail, 1, tail[0])[0] << 21
+
+
 def _check_texts(*texts: bytes) -> None:
     for text in texts:
         try:
@@ -193,6 +219,8 @@ def zigzag(n: int) -> bytes:
     n = n << 1 if n >= 0 else (-n << 1) - 1
     if n < 128:
         return _ONE_BYTE[n]
+    if 1 << 14 <= n < 1 << 21:  # most offsets
+        return bytes((n & 127 | 128, n >> 7 & 127 | 128, n >> 14))
     out = bytearray()
     while n > 127:
         out.append(n & 127 | 128)

@@ -14,7 +14,7 @@ import fastavro
 from fastavro.types import Schema
 
 from pipeline.infra.avro import EVENTS, FRAME_BYTES, Record, Schemas, frame
-from pipeline.infra.clock import micros
+from pipeline.infra.clock import instant, micros
 
 #: Fields of the event itself that a mend may set; every other name is a property.
 MENDABLE = ("account", "event_type", "timestamp", "subject")
@@ -36,8 +36,12 @@ class Mend:
     def __bool__(self) -> bool:
         return bool(self.fields or self.properties)
 
-    def as_json(self) -> dict[str, object]:
-        return {**self.fields, **({"properties": self.properties} if self.properties else {})}
+    def texts(self) -> dict[str, str]:
+        """What is set, by the names ``parse_mend`` takes; for people and for the audit record."""
+        fields = {name: instant(v).isoformat() if isinstance(v, int) else v for name, v in self.fields.items()}
+        return fields | {
+            f"properties.{name}" if name in MENDABLE else name: value for name, value in self.properties.items()
+        }
 
 
 def parse_mend(settings: list[str]) -> Mend:

@@ -179,7 +179,7 @@ class KafkaLook:
         """A stage's lag at these positions. A partition without one is read from its beginning."""
         group = self.group(stage)
         owners = {place: member.id for member in group.members for place in member.partitions}
-        chosen = [place for place in self.places if place[0] in topics]
+        chosen = [place for topic in topics for place in self.places if place[0] == topic]
         behind = {place: positions.get(place, 0) for place in chosen if positions.get(place, 0) < ends[place]}
         found: defaultdict[Place, list[tuple[int, int]]] = defaultdict(list)  # (append or create time, due time), ms
         parked_topic = self._topics.retry if stage == "rater" else None

@@ -76,7 +76,7 @@ def replay(
     decision = Decision(settings.actor, why, mend or Mend())
     result = Replayed()
     with _alone(connection):
-        sender = _Sender(settings, topics, schemas)
+        sender = _Sender(settings, topics, schemas, on_step)
         if unfinished := [pick for pick in picks if pick.unfinished]:
             if decision.mend:
                 raise ReplayError(
@@ -148,7 +148,7 @@ def _decide(
             if decision.mend:
                 # The row and the letter hold the mended bytes from now on.
                 original = None if event.value is None else event.value.hex()
-                detail |= {"set": decision.mend.as_json(), "original_value": original}
+                detail |= {"set": decision.mend.texts(), "original_value": original}
             details.append((event.origin, detail))
         with connection.cursor() as cursor:
             cursor.executemany(_DECIDE, [asdict(event) for event in decided])
@@ -203,7 +203,8 @@ def _time(at_us: int) -> datetime | None:
 class _Sender:
     """Sends letters with the one transactional id of replays. Making it ends what a dead command had open."""
 
-    def __init__(self, settings: Settings, topics: Topics, schemas: Schemas) -> None:
+    def __init__(self, settings: Settings, topics: Topics, schemas: Schemas, on_step: Callable[[str], None]) -> None:
+        self._on_step = on_step
         self._topic = topics.retry
         self._schemas = schemas
         self._producer = Producer(
@@ -228,6 +229,7 @@ class _Sender:
             for event in events:
                 partition, key, letter = self._letter(event)
                 self._producer.produce(self._topic, letter, key, partition)
+            self._on_step("produced")
             self._producer.commit_transaction(_ANSWER_S)
         except KafkaException as error:
             raise ReplayError(

@@ -207,13 +207,20 @@ class UsageProducer:
         """
         if self._sender.is_current_thread:
             raise RuntimeError("flush and close wait for delivery reports, so on_delivery must not call them")
+        if self._closed is not None:
+            return self._waiting
         progress = self._sender.progress
         with progress:
             progress.wait_for(lambda: self._waiting == 0 or self._closed is not None, timeout)
         return self._waiting
 
     def sync(self) -> None:
-        """Bring every event emitted so far to the disk itself, so that it survives the machine losing power."""
+        """Bring every event emitted so far to the disk itself, so that it survives the machine losing power.
+
+        Raises ProducerClosed, and OSError when the disk fails.
+        """
+        if self._closed is not None:
+            raise ProducerClosed(self._closed)
         self._journal.sync()
 
     def close(self, timeout: float = 10.0) -> int:

@@ -181,7 +181,8 @@ class Journal:
     def _add(self, first: int, size: int) -> None:
         number = int(self._segments[-1].path.stem) + 1 if self._segments else 1
         path = self._folder / f"{number:08d}.journal"
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        # Truncated, not refused, when it exists: then an interrupt came while it was made, and it was never used.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             _allocate(file, size)
             segment = Segment(path, file, size, self._epoch, first)
@@ -284,7 +285,7 @@ class Journal:
             self._room.notify_all()
 
     def abandon(self) -> None:
-        """In a child of fork: let go of the files without touching what they hold."""
+        """Let go of the files without touching what they hold: in a child of fork, or after a failed start."""
         for segment in self._segments:
             segment.unmap()
 

@@ -169,7 +169,7 @@ class Sender:
         elif time.monotonic() > self._start_over_by:
             self._renew = True
         if self._unsent or self.in_flight:
-            self._producer.poll(_REPORT_WAIT)
+            self._producer.poll(_REPORT_WAIT if self.trouble is None else _IDLE_WAIT)
         else:
             self._producer.poll(0)
             self.work.wait(_IDLE_WAIT)
@@ -231,7 +231,7 @@ class Sender:
             self._suspects.add((entry.segment, entry.at))
         elif code not in _PURGED:
             self._note_trouble(error)
-        self._renew = self._renew or error.fatal()
+        self._renew = self._renew or error.fatal() or code == KafkaError._FATAL
         if self._start_over_by is None:
             self._start_over_by = time.monotonic() + _IN_FLIGHT_WAIT
 

@@ -21,13 +21,18 @@ _DAY_MS = 24 * 60 * 60 * 1000
 SEEN_DAYS = 37
 
 
+def day_of(at_ms: int) -> int:
+    """Days since 1970 UTC."""
+    return at_ms // _DAY_MS
+
+
 def expiry_day(appended_ms: int) -> int:
     """First day (since 1970 UTC) on which an identity appended then may be forgotten.
 
     An accepted event's own time is at most five minutes after its append time; one day of margin covers that and the
     part of the day already gone.
     """
-    return appended_ms // _DAY_MS + SEEN_DAYS + 2
+    return day_of(appended_ms) + SEEN_DAYS + 2
 
 
 def by_expiry(rated: Iterable[Event]) -> dict[int, list[bytes]]:

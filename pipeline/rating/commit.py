@@ -10,12 +10,14 @@ CommitError
 import struct
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from pipeline.core.usage import ParkedRecord, Refused
 from pipeline.infra.avro import DEAD_LETTER, RECEIPTS, Record, Schemas
+from pipeline.infra.clock import micros
 from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics, partition_of
@@ -202,7 +204,7 @@ class Committer:
                 "account": _text(refused.account),
                 "idempotency_key": _text(refused.key),
                 "event_type": _text(refused.event_type),
-                "event_time": refused.timestamp_us,
+                "event_time": _time(refused.timestamp_us),
                 "key": record.key,
                 "value": record.value,
             },
@@ -264,7 +266,8 @@ class Committer:
             try:
                 step()
             except KafkaException as error:
-                if not passes(error.args[0]):
+                # An abortable error may carry the code of a passing one; the same call would answer so for ever.
+                if error.args[0].txn_requires_abort() or not passes(error.args[0]):
                     raise
                 if self._stopped():
                     raise StateUnknown(
@@ -299,6 +302,14 @@ def _attempts(refused: Refused) -> int:
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("utf-8", "replace")
+
+
+def _time(at_us: int | None) -> int | None:
+    """A time that any reader of the letter can show; the original bytes keep one that is out of all calendars."""
+    return at_us if at_us is not None and _FIRST_US <= at_us <= _LAST_US else None
+
+
+_FIRST_US, _LAST_US = micros(datetime.min.replace(tzinfo=UTC)), micros(datetime.max.replace(tzinfo=UTC))
 
 
 def _resolutions(outcome: Outcome) -> list[Record]:

@@ -13,6 +13,8 @@ the consumer wraps it into one message, the transport puts both in place. What t
 - A message without the group's generation is dropped without a word: ``_to_message`` sets it.
 """
 
+import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -73,23 +75,36 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             **driver.credentials_to_aiokafka_auth(conf.broker_credentials, conf.ssl_context),
         )
 
-    async def _fetch_records(self, consumer: Any, *args: Any, **kwargs: Any) -> dict[TP, list[Any]]:
+    async def _fetch_records(
+        self, consumer: Any, active_partitions: set[TP], timeout: float | None = None, max_records: int | None = None
+    ) -> dict[TP, list[Any]]:
         """Fetch, and note which offsets each list covers: markers before, between and after its records included."""
-        positions = self._positions(consumer)
-        for tp, position in positions.items():
-            if position != self._left.get(tp):  # assigned anew, or sought
-                self._starts[tp] = position
-        for tp in self._starts.keys() - positions.keys():  # position still to be asked for: start unknown
-            del self._starts[tp]
-        records = await super()._fetch_records(consumer, *args, **kwargs)
-        positions = self._positions(consumer)
-        self._left = positions
-        fetched: dict[TP, list[Any]] = {}
-        for tp, some in (records or {}).items():
-            next_offset = positions.get(tp, some[-1].offset + 1)
-            fetched[tp] = [Fetched(tp, self._starts.get(tp, some[0].offset), next_offset, some)]
-            self._starts[tp] = next_offset
-        return fetched
+        fetcher = consumer._fetcher
+        deadline = time.monotonic() + (timeout or 0.0)
+        while self.consumer.flow_active:
+            if fetcher._subscriptions.reassignment_in_progress:
+                await fetcher._subscriptions.wait_for_assignment()
+            # A position that is not where the last list ended was assigned, sought or reset. With a timeout of 0 the
+            # call below returns without giving way, so that none can move between here and there: a list said to begin
+            # before a jump would hide the records in between.
+            for tp, position in self._positions(consumer).items():
+                if position != self._left.get(tp):
+                    self._starts[tp] = position
+            records = await super()._fetch_records(consumer, active_partitions, timeout=0, max_records=max_records)
+            self._left = positions = self._positions(consumer)
+            if records:
+                fetched: dict[TP, list[Any]] = {}
+                for tp, some in records.items():
+                    fetched[tp] = [Fetched(tp, self._starts[tp], positions[tp], some)]
+                    self._starts[tp] = positions[tp]
+                return fetched
+            waiter = fetcher._create_fetch_waiter()
+            done, _ = await asyncio.wait([waiter], timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                waiter.cancel()
+                break
+            waiter.result()  # raises what ended the fetcher
+        return {}
 
     @staticmethod
     def _positions(consumer: Any) -> dict[TP, int]:

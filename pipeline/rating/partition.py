@@ -19,10 +19,11 @@ from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.batch import Batch, Outcome, Shape, Source, any_due, process, process_one_by_one
 from pipeline.rating.catalog_feed import CatalogFeed
+from pipeline.rating.changelog import day_of
 from pipeline.rating.commit import BatchAborted, Committer, Membership, new_producer
 from pipeline.rating.faust_batches import Fetched
 from pipeline.rating.state import PartitionState
-from pipeline.rating.take import Interrupted, take
+from pipeline.rating.take import Interrupted, UsageLost, take
 
 log = get_logger(__name__)
 
@@ -32,6 +33,9 @@ BATCH_BYTES_MAX = 32 * 1024 * 1024
 _RETRY_LOOK_S = 0.25
 #: Pause before an aborted batch is tried again, while the group decides who owns the partition.
 _ABORT_PAUSE_S = 0.2
+#: Lists that begin behind a hole before it is certain that the log no longer holds what is missing. After a seek only
+#: those may come that were on their way: fewer than Faust's buffer (``stream_buffer_maxsize``) and the queue hold.
+_HOLE_LISTS_MAX = 50
 #: A parked record is moved behind those that came after it at the latest after this long.
 _RETRY_ROTATE_MS = 60_000
 
@@ -94,6 +98,8 @@ class PartitionRater(threading.Thread):
         self._queues: dict[Source, deque[Fetched]] = {source: deque() for source in Source}
         self._queued = dict.fromkeys(Source, 0)
         self._full = dict.fromkeys(Source, False)
+        # Offset of the last hole in what came, and how often it was met.
+        self._holes: dict[Source, tuple[int, int]] = {}
         self._changed = threading.Condition()
         self._stopping = False
         # Parked records taken from the queue and not due yet.
@@ -187,6 +193,8 @@ class PartitionRater(threading.Thread):
                     self._changed.wait(_ABORT_PAUSE_S)
                 continue
             self.next_offsets[batch.source] = batch.next_offset
+            if batch.source is Source.EVENTS and batch.records:
+                state.forget_before(day_of(batch.records[-1].timestamp))
             self._events.committed(self.partition, batch, outcome, time.monotonic() - started)
             return
 
@@ -213,10 +221,10 @@ class PartitionRater(threading.Thread):
             if fetched.from_offset > at:
                 if at > start:
                     break  # commit what came before the hole first
-                self._forget(source)
-                self._events.seek(self.partition, source, at)
+                self._seek_hole(source, at, fetched)
                 return None
-            if records and len(records) + len(fetched.records) > self._config.batch_records:
+            room = self._config.batch_records - len(records)
+            if room == 0:
                 break
             queue.popleft()
             self._queued[source] -= len(fetched.records)
@@ -225,9 +233,14 @@ class PartitionRater(threading.Thread):
             some: Sequence[Record] = fetched.records
             if fetched.from_offset < at:
                 some = [record for record in some if record.offset >= at]
+            at = fetched.next_offset
+            if len(some) > room:
+                some, rest = some[:room], list(some[room:])
+                at = some[-1].offset + 1
+                queue.appendleft(fetched._replace(from_offset=at, records=rest))
+                self._queued[source] += len(rest)
             records.extend(some)
             size += sum(len(record.value or b"") for record in some)
-            at = fetched.next_offset
         self._tell_full(source)
         if at == start:
             return None
@@ -257,10 +270,20 @@ class PartitionRater(threading.Thread):
         self._held = None
         return held
 
-    def _forget(self, source: Source) -> None:
+    def _seek_hole(self, source: Source, at: int, fetched: Fetched) -> None:
+        """Fetch again from ``at``. Raises UsageLost when that keeps bringing later records only."""
+        known, times = self._holes.get(source, (at, 0))
+        times = times + 1 if known == at else 1
+        self._holes[source] = (at, times)
+        if times > _HOLE_LISTS_MAX:
+            raise UsageLost(
+                f"{fetched.tp.topic}/{self.partition}: expected records from offset {at}, but fetching from there "
+                f"brings none before {fetched.from_offset}: they were deleted before they were rated"
+            )
         self._queues[source].clear()
         self._queued[source] = 0
         self._tell_full(source)
+        self._events.seek(self.partition, source, at)
 
     def _tell_full(self, source: Source) -> None:
         full = self._queued[source] >= 2 * self._config.batch_records

@@ -48,6 +48,9 @@ def rate(
     add_row = rows.append
     running = totals.get
     frames, origin_topic, catalog_offset = context
+    # Most rows of a batch share their partition, many their append time: encoded once.
+    partition, partition_bytes = -1, b""
+    last_ms, last_ms_bytes = -1, b""
     for event, terms in known:
         record, identity, _, _, account, _, _, properties = event
         measured: list[tuple[Priced, int]] = []
@@ -89,14 +92,18 @@ def rate(
                     value = record.value
                     assert value is not None
                     appended_ms = record.timestamp
+                    if appended_ms != last_ms:
+                        last_ms, last_ms_bytes = appended_ms, zigzag(appended_ms)
+                    if record.partition != partition:
+                        partition, partition_bytes = record.partition, zigzag(record.partition)
                     head = b"".join(
                         (
                             frames[value[:FRAME_BYTES]],
                             value[FRAME_BYTES:],
                             origin_topic,
-                            zigzag(record.partition),
+                            partition_bytes,
                             zigzag(record.offset),
-                            zigzag(appended_ms),
+                            last_ms_bytes,
                             identity,
                             catalog_offset,
                         )

@@ -1,0 +1,434 @@
+"""Why an event, a line or an invoice is what it is: inputs, price version, arithmetic, and links both ways.
+
+Everything is read from what the pipeline stored; the price is worked out anew and held against the stored amount.
+Answers are plain data: quantities and amounts exact decimals, times aware, UTC.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from psycopg import Connection
+from psycopg.rows import dict_row
+from xxhash import xxh3_128_digest
+
+from pipeline.billing.intake import PlainReader
+from pipeline.billing.rated import Malformed
+from pipeline.core.charges import Charge, Share, compile_price, tier_shares
+from pipeline.core.documents import Entry, from_document
+from pipeline.core.money import (
+    AMOUNT_DECIMALS,
+    QUANTITY_DECIMALS,
+    amount_decimal,
+    quantity_decimal,
+    scaled,
+)
+from pipeline.core.periods import to_datetime, to_micros
+from pipeline.core.plans import Plan
+from pipeline.infra import wire
+from pipeline.infra.avro import EVENTS, load_schemas
+from pipeline.infra.kafka import passes
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import Topics
+
+Explanation: TypeAlias = dict[str, Any]
+
+#: Events named on a line's explanation; ``finance.line_events`` has all.
+LINE_EVENTS_MAX = 10
+#: Longest wait for one message of the broker, seconds.
+_BROKER_ANSWER_S = 10.0
+
+
+class Ambiguous(ValueError):
+    """A key that several accounts have used; the message names them."""
+
+
+def explain(settings: Settings, what: str) -> Explanation | None:
+    """Explain ``line:ID``, ``invoice:ID``, ``usage.events/PARTITION/OFFSET``, ``ACCOUNT/KEY`` or ``KEY``.
+
+    None when there is no such thing. Raises Ambiguous for a bare key of several accounts.
+    """
+    with connect(settings.dsn, application="explain") as connection:
+        if found := re.fullmatch(r"line:(\d{1,18})", what):
+            return _line(connection, int(found[1]))
+        if found := re.fullmatch(r"invoice:(\d{1,18})", what):
+            return _invoice(connection, int(found[1]))
+        prefix = re.escape(settings.topic_prefix)
+        if found := re.fullmatch(rf"(?:{prefix})?usage\.events/(\d{{1,9}})/(\d{{1,18}})", what):
+            return _Finder(settings, connection).at_origin(int(found[1]), int(found[2]))
+        return _Finder(settings, connection).by_key(what)
+
+
+def identity(account: str, key: str) -> bytes:
+    """128-bit hash that names an event, as the rater makes it."""
+    return xxh3_128_digest(wire.text(key) + wire.text(account))
+
+
+# -- events
+
+_ACCOUNTS = """
+SELECT account FROM billing.invoice UNION SELECT account FROM billing.unrated_event WHERE account IS NOT NULL
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Looks for an event in all the places it may be."""
+
+    settings: Settings
+    connection: "Connection[Any]"
+
+    def by_key(self, what: str) -> Explanation | None:
+        # A key may hold slashes itself, so each may be the one behind the account.
+        named = {(what[:i], what[i + 1 :]) for i, character in enumerate(what) if character == "/"}
+        candidates = sorted(named | {(account, what) for (account,) in self.connection.execute(_ACCOUNTS)})
+        rows = _rated_rows(self.connection, candidates)
+        unrated = _unrated_of(self.connection, candidates)
+        found = {(row["account"], row["idempotency_key"]) for row in (*rows, *unrated)}
+        if not found:
+            return None
+        if len(found) > 1:
+            names = ", ".join(sorted(f"{account}/{key}" for account, key in found)[:10])
+            raise Ambiguous(f"{len(found)} events have this key, say which: {names}")
+        if rows:
+            arrival = self._rated_arrival(rows[0])
+        else:
+            arrival = self._unrated_arrival(unrated[0])
+        return self._event(*found.pop(), arrival, rows, unrated)
+
+    def at_origin(self, partition: int, offset: int) -> Explanation | None:
+        unrated = _unrated_at(self.connection, self._events_topic, partition, offset)
+        if unrated is None:
+            # The event as it arrived tells its key, also that of a duplicate, of which nothing else is kept.
+            message = self._read(partition, offset)
+            if message is None:
+                return None
+            value, appended_ms = message
+            event = self._decoded(value)
+        else:
+            value, event = unrated["value"], self._decoded(unrated["value"])
+        if event is not None:
+            account, key = event["account"], event["idempotency_key"]
+            rows = _rated_rows(self.connection, [(account, key)])
+            others = _unrated_of(self.connection, [(account, key)])
+        else:
+            account, key, rows = None, None, []
+            others = [] if unrated is None else [unrated]
+        original = next(
+            (row for row in rows if (row["origin_partition"], row["origin_offset"]) == (partition, offset)), None
+        )
+        if original is not None:
+            arrival = self._rated_arrival(original)
+        elif unrated is not None:
+            arrival = self._unrated_arrival(unrated)
+        else:
+            receipt = self._receipt(partition, offset)
+            arrival = {
+                "state": "not_rated_yet" if receipt is None else "duplicate" if rows else "not_written_yet",
+                "origin": self._origin(partition, offset),
+                "arrived_at": to_datetime(appended_ms * 1000),
+                "receipt": receipt,
+                "event": event,
+            }
+        return self._event(account, key, arrival, rows, others)
+
+    def _event(
+        self,
+        account: str | None,
+        key: str | None,
+        arrival: Explanation,
+        rows: list[Explanation],
+        unrated: list[Explanation],
+    ) -> Explanation:
+        charges = _Charges(self.connection)
+        return {
+            "kind": "event",
+            "account": account,
+            "idempotency_key": key,
+            **arrival,
+            "rows": [
+                {**_priced_row(row, charges), "origin": self._origin(row["origin_partition"], row["origin_offset"])}
+                for row in rows
+            ],
+            "unrated": [
+                {**one, "origin": self._origin(one["origin_partition"], one["origin_offset"])} for one in unrated
+            ],
+            "quarantined": [] if account is None or key is None else _quarantined(self.connection, account, key),
+        }
+
+    def _rated_arrival(self, row: Explanation) -> Explanation:
+        names = ("event_type", "event_time", "subject", "properties", "source", "sequence")
+        place = row["origin_partition"], row["origin_offset"]
+        return {
+            "state": "rated",
+            "origin": self._origin(*place),
+            "arrived_at": row["arrived_at"],
+            "receipt": self._receipt(*place),
+            "event": {name: row[name] for name in names},
+        }
+
+    def _unrated_arrival(self, unrated: Explanation) -> Explanation:
+        place = unrated["origin_partition"], unrated["origin_offset"]
+        return {
+            "state": unrated["state"],
+            "origin": self._origin(*place),
+            "arrived_at": unrated["appended_at"],
+            "receipt": self._receipt(*place),
+            "event": self._decoded(unrated["value"]),
+        }
+
+    @property
+    def _events_topic(self) -> str:
+        return Topics(self.settings.topic_prefix).events
+
+    def _origin(self, partition: int, offset: int) -> str:
+        return f"{self._events_topic}/{partition}/{offset}"
+
+    def _receipt(self, partition: int, offset: int) -> Explanation | None:
+        """The receipt that covers an offset of usage.events."""
+        return _row(
+            self.connection,
+            """SELECT * FROM billing.receipt
+            WHERE topic = %s AND partition = %s AND first_offset <= %s AND next_offset > %s
+            ORDER BY first_offset DESC LIMIT 1""",
+            [self._events_topic, partition, offset, offset],
+        )
+
+    def _decoded(self, value: bytes | None) -> Explanation | None:
+        try:
+            record = PlainReader(load_schemas(self.settings.registry_url), EVENTS).read(value or b"")
+        except Malformed:
+            return None
+        timestamp = record.pop("timestamp")
+        try:
+            record["event_time"] = to_datetime(timestamp)
+        except OverflowError:
+            record["event_time"] = None
+        return record
+
+    def _read(self, partition: int, offset: int) -> tuple[bytes | None, int] | None:
+        """Value and append time (milliseconds since 1970 UTC) of a place of usage.events; None when nothing stands there."""
+        consumer = Consumer(
+            self.settings.kafka
+            | {
+                "group.id": self.settings.topic_prefix + "explain",  # required by the library, never joined
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "error",
+            }
+        )
+        try:
+            consumer.assign([TopicPartition(self._events_topic, partition, offset)])
+            while True:
+                message = consumer.poll(_BROKER_ANSWER_S)
+                if message is None:
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no answer"))
+                error = message.error()
+                if error is None:
+                    return (message.value(), message.timestamp()[1]) if message.offset() == offset else None
+                if error.code() in _NOT_THERE:
+                    return None
+                if not passes(error):
+                    raise KafkaException(error)
+        finally:
+            consumer.close()
+
+
+#: Nothing stands at that place: behind the end, before the beginning, or no such partition.
+_NOT_THERE = (
+    KafkaError._PARTITION_EOF,
+    KafkaError._AUTO_OFFSET_RESET,
+    KafkaError.OFFSET_OUT_OF_RANGE,
+    KafkaError._UNKNOWN_PARTITION,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+)
+
+
+# Named by pipeline.billing.months: rated_usage_2026_05.
+_PARTITIONS = """
+SELECT relname FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = 'billing.rated_usage'::regclass
+"""
+
+
+def _rated_rows(connection: "Connection[Any]", candidates: Iterable[tuple[str, str]]) -> list[Explanation]:
+    """Rated rows of any of these (account, key), by charge and entry."""
+    # With its month named, each probe is one step down the index that makes rows unique.
+    partitions = connection.execute(_PARTITIONS)
+    months = [date(int(name[-7:-3]), int(name[-2:]), 1) for (name,) in partitions]
+    identities = [UUID(bytes=identity(account, key)) for account, key in candidates]
+    return _rows(
+        connection,
+        """SELECT * FROM finance.rated_usage WHERE event_month = ANY(%s) AND identity = ANY(%s)
+        ORDER BY charge, cell, entry""",
+        [months, identities],
+    )
+
+
+def _unrated(connection: "Connection[Any]", condition: str, parameters: list[object]) -> list[Explanation]:
+    return _rows(connection, f"SELECT * FROM billing.unrated_event WHERE {condition} ORDER BY appended_at", parameters)
+
+
+def _quarantined(connection: "Connection[Any]", account: str, key: str) -> list[Explanation]:
+    return _rows(
+        connection,
+        """SELECT reason, rated_topic AS topic, rated_partition AS partition, rated_offset AS offset, charge, at
+        FROM billing.quarantine WHERE identity = %s ORDER BY id""",
+        [UUID(bytes=identity(account, key))],
+    )
+
+
+# -- arithmetic
+
+
+class _Charges:
+    """Charges by plan, version and id, read once each."""
+
+    def __init__(self, connection: "Connection[Any]") -> None:
+        self._connection = connection
+        self._plans: dict[tuple[str, int], Plan | None] = {}
+
+    def find(self, plan: str, version: int, charge: str) -> Charge | None:
+        """None for a plan version that is not in the catalog."""
+        if (plan, version) not in self._plans:
+            row = self._connection.execute(
+                """SELECT valid_from, document FROM billing.catalog_version
+                WHERE kind = 'plan' AND id = %s AND version = %s""",
+                [plan, version],
+            ).fetchone()
+            item = None if row is None else from_document(Entry("plan", plan, version, to_micros(row[0]), row[1]))
+            self._plans[plan, version] = item if isinstance(item, Plan) else None
+        found = self._plans[plan, version]
+        return None if found is None else next((one for one in found.charges if one.id == charge), None)
+
+
+def _priced_row(row: Explanation, charges: _Charges) -> Explanation:
+    charge = charges.find(row["plan"], row["plan_version"], row["charge"])
+    names = (
+        "charge cell entry kind contract plan plan_version price_version meter meter_version quantity quantity_before "
+        "quantity_after currency period_start period_end segment_start late catalog_offset rated_partition rated_offset"
+    )
+    return {
+        **{name: row[name] for name in names.split()},
+        "amount": row["exact_amount"],
+        "arithmetic": None if charge is None else _difference(charge, row),
+        "line": f"line:{row['line_id']}",
+        "invoice": f"invoice:{row['invoice_id']}",
+    }
+
+
+def _difference(charge: Charge, row: Mapping[str, Any]) -> Explanation:
+    """The event's amount as price(after) - price(before), part by part."""
+    before, after = (scaled(row[name], QUANTITY_DECIMALS) for name in ("quantity_before", "quantity_after"))
+    amount = scaled(row["exact_amount"], AMOUNT_DECIMALS)
+    price = compile_price(charge)
+    # A counter without an event yet is absent and costs 0, where a counter at 0 may already owe a flat fee (law 3).
+    absent = before == 0 and amount == price(after)
+    shares_before = [] if absent else tier_shares(charge, before)
+    shares_after = tier_shares(charge, after)
+    cost_before, cost_after = (sum(share.amount for share in shares) for shares in (shares_before, shares_after))
+    return {
+        "model": charge.model,
+        "before": {
+            "quantity": quantity_decimal(before),
+            "cost": amount_decimal(cost_before),
+            "parts": _parts(shares_before),
+        },
+        "after": {
+            "quantity": quantity_decimal(after),
+            "cost": amount_decimal(cost_after),
+            "parts": _parts(shares_after),
+        },
+        "difference": amount_decimal(cost_after - cost_before),
+        "proved": cost_after - cost_before == amount,
+    }
+
+
+def _parts(shares: list[Share]) -> list[Explanation]:
+    return [
+        {
+            "over": quantity_decimal(share.first),
+            "up_to": quantity_decimal(share.last),
+            "quantity": quantity_decimal(share.quantity),
+            "packages": share.packages,
+            "unit_price": share.unit_price,
+            "flat": share.flat,
+            "amount": amount_decimal(share.amount),
+        }
+        for share in shares
+    ]
+
+
+# -- lines and invoices
+
+
+def _line(connection: "Connection[Any]", line_id: int) -> Explanation | None:
+    line = _row(connection, "SELECT * FROM finance.invoice_lines WHERE line_id = %s", [line_id])
+    if line is None:
+        return None
+    charge = _Charges(connection).find(line["plan"], line["plan_version"], line["charge"])
+    events = _rows(
+        connection,
+        """SELECT idempotency_key, event_time, quantity, quantity_before, quantity_after, exact_amount AS amount, origin
+        FROM finance.line_events WHERE line_id = %s ORDER BY event_time, idempotency_key LIMIT %s""",
+        [line_id, LINE_EVENTS_MAX],
+    )
+    return {
+        "kind": "line",
+        **line,
+        "invoice": f"invoice:{line['invoice_id']}",
+        "arithmetic": None if charge is None else _total(charge, line["quantity"], line["exact_amount"]),
+        "first_events": [event | {"event": f"{line['account']}/{event['idempotency_key']}"} for event in events],
+    }
+
+
+def _total(charge: Charge, quantity: Decimal, amount: Decimal) -> Explanation:
+    """The line's amount as the price of its whole quantity."""
+    shares = tier_shares(charge, scaled(quantity, QUANTITY_DECIMALS))
+    cost = sum(share.amount for share in shares)
+    return {
+        "model": charge.model,
+        "parts": _parts(shares),
+        "cost": amount_decimal(cost),
+        "proved": cost == scaled(amount, AMOUNT_DECIMALS),
+    }
+
+
+def _invoice(connection: "Connection[Any]", invoice_id: int) -> Explanation | None:
+    invoice = _row(connection, "SELECT *, state::text AS state FROM billing.invoice WHERE id = %s", [invoice_id])
+    if invoice is None:
+        return None
+    lines = _rows(
+        connection,
+        """SELECT line_id, charge, cell, contract, plan, plan_version, segment_start, quantity, events, exact_amount,
+            rounded_amount, rounding_difference
+        FROM finance.invoice_lines WHERE invoice_id = %s ORDER BY charge, cell, segment_start""",
+        [invoice_id],
+    )
+    totals = _row(
+        connection,
+        """SELECT coalesce(sum(exact_amount), 0) AS exact_amount, coalesce(sum(rounded_amount), 0) AS rounded_amount
+        FROM finance.invoice_lines WHERE invoice_id = %s""",
+        [invoice_id],
+    )
+    return {
+        "kind": "invoice",
+        **invoice,
+        "lines": [line | {"line": f"line:{line['line_id']}"} for line in lines],
+        **(totals or {}),
+    }
+
+
+def _rows(connection: "Connection[Any]", statement: str, parameters: list[Any]) -> list[Explanation]:
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(statement, parameters).fetchall()
+
+
+def _row(connection: "Connection[Any]", statement: str, parameters: list[Any]) -> Explanation | None:
+    rows = _rows(connection, statement, parameters)
+    return rows[0] if rows else None
