@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.dev
-	@$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
+	@$(BIN)/python -m tests.bench $(ONLY)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

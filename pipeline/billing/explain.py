@@ -96,10 +96,7 @@ class _Finder:
         if len(found) > 1:
             names = ", ".join(sorted(f"{account}/{key}" for account, key in found)[:10])
             raise Ambiguous(f"{len(found)} events have this key, say which: {names}")
-        if rows:
-            arrival = self._rated_arrival(rows[0])
-        else:
-            arrival = self._unrated_arrival(unrated[0])
+        arrival = self._rated_arrival(rows[0]) if rows else self._unrated_arrival(unrated[0])
         return self._event(*found.pop(), arrival, rows, unrated)
 
     def at_origin(self, partition: int, offset: int) -> Explanation | None:
@@ -213,7 +210,7 @@ class _Finder:
         return record
 
     def _read(self, partition: int, offset: int) -> tuple[bytes | None, int] | None:
-        """Value and append time (milliseconds since 1970 UTC) of a place of usage.events; None when nothing stands there."""
+        """Value and append time (milliseconds since 1970) of a place of usage.events; None when nothing is there."""
         consumer = Consumer(
             self.settings.kafka
             | {
@@ -224,6 +221,10 @@ class _Finder:
             }
         )
         try:
+            # Asked for a partition that does not exist, the consumer would wait for it to appear.
+            topic = consumer.list_topics(self._events_topic, timeout=_BROKER_ANSWER_S).topics[self._events_topic]
+            if partition not in topic.partitions:
+                return None
             consumer.assign([TopicPartition(self._events_topic, partition, offset)])
             while True:
                 message = consumer.poll(_BROKER_ANSWER_S)
@@ -240,14 +241,8 @@ class _Finder:
             consumer.close()
 
 
-#: Nothing stands at that place: behind the end, before the beginning, or no such partition.
-_NOT_THERE = (
-    KafkaError._PARTITION_EOF,
-    KafkaError._AUTO_OFFSET_RESET,
-    KafkaError.OFFSET_OUT_OF_RANGE,
-    KafkaError._UNKNOWN_PARTITION,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-)
+#: Nothing stands at that place: it is the log's end, behind it, or before its beginning.
+_NOT_THERE = (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET)
 
 
 # Named by pipeline.billing.months: rated_usage_2026_05.
@@ -270,8 +265,24 @@ def _rated_rows(connection: "Connection[Any]", candidates: Iterable[tuple[str, s
     )
 
 
-def _unrated(connection: "Connection[Any]", condition: str, parameters: list[object]) -> list[Explanation]:
-    return _rows(connection, f"SELECT * FROM billing.unrated_event WHERE {condition} ORDER BY appended_at", parameters)
+def _unrated_of(connection: "Connection[Any]", candidates: list[tuple[str, str]]) -> list[Explanation]:
+    storable = [(account, key) for account, key in candidates if "\0" not in account + key]
+    return _rows(
+        connection,
+        """SELECT unrated.* FROM billing.unrated_event AS unrated
+        JOIN unnest(%s::text[], %s::text[]) AS wanted (account, idempotency_key) USING (account, idempotency_key)
+        ORDER BY appended_at""",
+        [[account for account, _ in storable], [key for _, key in storable]],
+    )
+
+
+def _unrated_at(connection: "Connection[Any]", topic: str, partition: int, offset: int) -> Explanation | None:
+    return _row(
+        connection,
+        """SELECT * FROM billing.unrated_event
+        WHERE origin_topic = %s AND origin_partition = %s AND origin_offset = %s""",
+        [topic, partition, offset],
+    )
 
 
 def _quarantined(connection: "Connection[Any]", account: str, key: str) -> list[Explanation]:

@@ -41,7 +41,7 @@ class SchemaVersion:
         return (schemas_dir() / "avro" / self.file).read_text()
 
     def parsed(self) -> Schema:
-        return cast(Schema, fastavro.parse_schema(json.loads(self.text())))
+        return fastavro.parse_schema(json.loads(self.text()))
 
 
 def frame(schema_id: int) -> bytes:
@@ -73,7 +73,7 @@ class Schemas:
         raise KeyError(event_id)
 
     def encode(self, subject: str, record: Record) -> bytes:
-        """Framed bytes of a record in the newest schema of its subject. Raises ValueError or TypeError when it does not fit."""
+        """Framed bytes of a record in the newest schema of its subject; ValueError or TypeError when it does not fit."""
         version = self._newest[subject]
         out = io.BytesIO()
         out.write(frame(version.id))

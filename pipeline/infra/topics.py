@@ -17,8 +17,8 @@ from pipeline.infra.settings import Settings
 _DAY_MS = 24 * 60 * 60 * 1000
 #: Largest usage event; the rater dead-letters a larger one with its bytes.
 EVENT_BYTES_MAX = 256 * 1024
-#: What the broker takes on the events topic at once. Its limit counts a producer's whole batch (librdkafka: up to 1 MB),
-#: so the limit of one event would make it refuse batches of good ones; and a larger event has to arrive to be reported.
+#: What the broker takes on the events topic at once. Its limit counts a producer's whole batch (librdkafka's: 1 MB), so
+#: the limit of one event would make it refuse batches of good ones; and a larger event has to arrive to be reported.
 EVENT_BATCH_BYTES_MAX = 1024 * 1024
 #: Largest record of every other topic.
 RECORD_BYTES_MAX = 2 * 1024 * 1024

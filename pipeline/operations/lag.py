@@ -121,15 +121,21 @@ class KafkaLook:
         self._settings = settings
         self._topics = Topics(settings.topic_prefix)
         said: list[str] = []
-        # The client's own reason (refused, unknown host, bad certificate) comes through this call back only.
         try:
-            config: dict[str, Any] = {**settings.kafka, "error_cb": lambda error: said.append(error.str())}
-            self._admin = AdminClient(config)
-            known = self._admin.list_topics(timeout=KAFKA_ANSWERS_S).topics
+            config: dict[str, Any] = {
+                **settings.kafka,
+                # The client's own reason (refused, unknown host, bad certificate) comes through this call back only.
+                "error_cb": lambda error: said.append(error.str()),
+                "log_level": 0,  # it goes into the answer, not onto the terminal
+            }
         except ValueError as error:
             raise Away(str(error)) from error
+        self._admin = AdminClient(config)
+        try:
+            known = self._admin.list_topics(timeout=KAFKA_ANSWERS_S).topics
         except KafkaException as error:
-            raise Away(f"Kafka at {settings.kafka_bootstrap}: {said[0] if said else error.args[0].str()}") from error
+            self._admin.poll(0)
+            raise Away(f"Kafka does not answer: {said[0] if said else error.args[0].str()}") from error
         topics = self._topics
         self.rater_topics = (topics.events, topics.retry)
         self.sink_topics = (topics.rated, topics.receipts, topics.retry, topics.dead_letter)

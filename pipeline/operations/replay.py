@@ -215,6 +215,7 @@ class _Sender:
                 "acks": "all",
                 "compression.type": "lz4",
                 "message.max.bytes": RECORD_BYTES_MAX,
+                "log_level": 0,  # errors are raised
             }
         )
         self._producer.init_transactions(_ANSWER_S)

@@ -129,11 +129,15 @@ class Watcher:
         self._postgres = None
         if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
             return "PostgreSQL has no tables of Tally yet: run `tally up`, or `tally migrate` on your own server"
-        return f"PostgreSQL: {str(error).strip()}"
+        return f"PostgreSQL does not answer: {_line(str(error))}"
 
 
 def _said(error: Exception) -> str:
-    return f"Kafka: {error.args[0]}" if isinstance(error, KafkaException) else str(error)
+    return f"Kafka does not answer: {error.args[0].str()}" if isinstance(error, KafkaException) else str(error)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _rate(

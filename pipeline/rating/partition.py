@@ -36,7 +36,9 @@ _ABORT_PAUSE_S = 0.2
 #: Lists that begin behind a hole before it is certain that the log no longer holds what is missing. After a seek only
 #: those may come that were on their way: fewer than Faust's buffer (``stream_buffer_maxsize``) and the queue hold.
 _HOLE_LISTS_MAX = 50
-#: A parked record is moved behind those that came after it at the latest after this long.
+#: Parked records are written back at most at this pace, milliseconds a record, however their due times are spread.
+_WRITE_BACK_MS = 5
+#: A full batch of parked records is moved behind those that came after it at the latest after this long.
 _RETRY_ROTATE_MS = 60_000
 
 
@@ -105,7 +107,11 @@ class PartitionRater(threading.Thread):
         # Parked records taken from the queue and not due yet.
         self._held: Batch | None = None
         self._held_until_ms = 0
-        self._looked_at_catalog = -1
+        self._written_back_ms = 0
+        # Catalog offset they were last looked at with, how far that look has to go, and if those in hand had theirs.
+        self._catalog_seen = -1
+        self._look_until = 0
+        self._looked = False
 
     # -- from the event loop
 
@@ -210,12 +216,14 @@ class PartitionRater(threading.Thread):
                 self._changed.wait(None if self._held is None else _RETRY_LOOK_S)
         return None
 
-    def _merge(self, source: Source) -> Batch | None:
-        """Join queued lists to one batch; cut what was processed before; ask again for what is missing."""
+    def _merge(self, source: Source, start: int | None = None, held: int = 0, size: int = 0) -> Batch | None:
+        """Join queued lists to one batch; cut what was processed before; ask again for what is missing.
+
+        ``start``, ``held`` records and ``size`` bytes: what there is of the batch already, if not nothing.
+        """
         queue = self._queues[source]
         records: list[Record] = []
-        start = at = self.next_offsets[source]
-        size = 0
+        start = at = self.next_offsets[source] if start is None else start
         while queue and size < BATCH_BYTES_MAX:
             fetched = queue[0]
             if fetched.from_offset > at:
@@ -223,8 +231,8 @@ class PartitionRater(threading.Thread):
                     break  # commit what came before the hole first
                 self._seek_hole(source, at, fetched)
                 return None
-            room = self._config.batch_records - len(records)
-            if room == 0:
+            room = self._config.batch_records - held - len(records)
+            if room <= 0:
                 break
             queue.popleft()
             self._queued[source] -= len(fetched.records)
@@ -244,31 +252,54 @@ class PartitionRater(threading.Thread):
         self._tell_full(source)
         if at == start:
             return None
-        return Batch(source, self.partition, start, at, records, time.time_ns() // 1_000_000)
+        return Batch(source, self.partition, start, at, records, _now_ms())
 
     def _due_retry(self) -> Batch | None:
-        """The oldest parked records, once the first of them is due or the catalog may have an answer for one."""
+        """The parked records in hand, once the first of them is due or the catalog may have an answer for one."""
+        self._extend_held()
         if self._held is None:
-            batch = self._merge(Source.RETRY)
-            if batch is None:
-                return None
-            self._held = replace(batch, records=[unpark(record, self._config.schemas) for record in batch.records])
-            self._held_until_ms = min(
-                (record.not_before_ms if isinstance(record, ParkedRecord) else 0 for record in self._held.records),
-                default=0,
-            )
-            if self._held_until_ms > batch.now_ms + _RETRY_ROTATE_MS and self._queues[Source.RETRY]:
-                self._held_until_ms = batch.now_ms + _RETRY_ROTATE_MS
-            self._looked_at_catalog = -1
-        held = replace(self._held, now_ms=time.time_ns() // 1_000_000)
-        view = self._feed.view
-        if held.now_ms < self._held_until_ms and (
-            view.offset == self._looked_at_catalog or not any_due(held, view, self._config.shape)
-        ):
-            self._looked_at_catalog = view.offset
+            return None
+        held = replace(self._held, now_ms=_now_ms())
+        view, behind = self._feed.view, self._queues[Source.RETRY]
+        if view.offset != self._catalog_seen:
+            # What is queued behind is looked at too: each batch up to there is written back, and the next one taken.
+            self._catalog_seen = view.offset
+            self._look_until = behind[-1].next_offset if behind else held.next_offset
+            self._looked = False
+        due = held.now_ms >= self._held_until_ms
+        if not due and not self._looked:
+            self._looked = True
+            in_the_way = bool(behind) and held.next_offset <= self._look_until
+            due = in_the_way or any_due(held, view, self._config.shape)
+        if not due:
             return None
         self._held = None
+        self._written_back_ms = held.now_ms
         return held
+
+    def _extend_held(self) -> None:
+        """Take what came of parked records into hand, as far as a batch holds it, and decide when to look at them."""
+        held = self._held
+        if not self._queues[Source.RETRY]:
+            return
+        if held is None:
+            more = self._merge(Source.RETRY)
+        else:
+            size = sum(len(record.value or b"") for record in held.records)
+            more = self._merge(Source.RETRY, held.next_offset, len(held.records), size)
+        if more is None:
+            return
+        records: list[Record] = [unpark(record, self._config.schemas) for record in more.records]
+        if held is not None:
+            more = replace(more, first_offset=held.first_offset, now_ms=held.now_ms, records=[*held.records, *records])
+        else:
+            more = replace(more, records=records)
+        due_ms = min((r.not_before_ms if isinstance(r, ParkedRecord) else 0 for r in more.records), default=0)
+        # All of them are written again when the first is due: many at once, seldom.
+        self._held_until_ms = max(due_ms, self._written_back_ms + len(more.records) * _WRITE_BACK_MS)
+        if self._queues[Source.RETRY]:
+            self._held_until_ms = min(self._held_until_ms, more.now_ms + _RETRY_ROTATE_MS)
+        self._held, self._looked = more, False
 
     def _seek_hole(self, source: Source, at: int, fetched: Fetched) -> None:
         """Fetch again from ``at``. Raises UsageLost when that keeps bringing later records only."""
@@ -290,6 +321,10 @@ class PartitionRater(threading.Thread):
         if full != self._full[source]:
             self._full[source] = full
             self._events.full(self.partition, source, full)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def unpark(record: Record, schemas: Schemas) -> Record:

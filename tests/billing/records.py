@@ -6,6 +6,7 @@ from typing import Any
 
 from xxhash import xxh3_128_digest
 
+from pipeline.infra import wire
 from pipeline.infra.avro import Record
 
 MAY = 1_777_593_600_000_000  # 2026-05-01T00:00:00Z
@@ -52,7 +53,7 @@ def rated_record(
         "origin_partition": 0,
         "origin_offset": 0,
         "origin_appended_at": timestamp // 1000,
-        "identity": xxh3_128_digest(f"{account}/{key}".encode()),
+        "identity": xxh3_128_digest(wire.text(key) + wire.text(account)),
         "catalog_offset": 4,
         "contract": f"contract-{account}",
         "plan": "basic",

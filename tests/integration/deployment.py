@@ -170,6 +170,29 @@ class Deployment:
             except BufferError:
                 chosen.poll(0.1)
 
+    def park(self, event: dict[str, Any], offset: int, wait_s: float) -> None:
+        """Put a letter on the retry topic as if this event had been parked for its unknown account."""
+        now_ms = time.time_ns() // 1_000_000
+        letter = {
+            "origin_topic": self.topics.events,
+            "origin_partition": partition_of(event["account"].encode(), self.settings.partitions),
+            "origin_offset": offset,
+            "origin_appended_at": now_ms,
+            "stage": "enrich",
+            "reason": "unknown_account",
+            "message": "parked by a test",
+            "attempts": 1,
+            "replays": 0,
+            "parked_at": now_ms,
+            "not_before": now_ms + int(wait_s * 1000),
+            "catalog_offset": 0,
+            **dict.fromkeys(("account", "idempotency_key", "event_type", "event_time")),
+            "key": event["account"].encode(),
+            "value": framed(event),
+        }
+        self._producer.produce(self.topics.retry, SCHEMAS.encode(DEAD_LETTER, letter), None, letter["origin_partition"])
+        self.flush()
+
     def flush(self) -> None:
         assert self._producer.flush(30) == 0
 

@@ -18,7 +18,7 @@ from pipeline.operations.dead_letters import Origin, Pick, Selection
 from pipeline.operations.events import parse_mend
 from pipeline.operations.peek import peek
 from pipeline.operations.replay import Replayed, ReplayError, replay
-from tests.operations.world import INPUT_PRICE, OUTPUT_PRICE, SCHEMAS, World, eventually
+from tests.operations.world import INPUT_PRICE, OUTPUT_PRICE, SCHEMAS, World, account_items, eventually
 
 #: Killed at a step: how a process leaves when the machine goes away.
 _DIES = """
@@ -188,6 +188,20 @@ def test_a_command_killed_at_any_step_is_finished_by_the_next(world: World, step
 def _nobody_else_replays(world: World) -> Any:
     """PostgreSQL notices a killed client a moment later."""
     return lambda: world.scalar("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+
+
+def test_a_replay_does_not_wait_behind_parked_events(world: World) -> None:
+    stranger = world.event("who", "acct-9")
+    bad = world.event("bad", input_tokens="many")
+    assert stranger.partition == bad.partition
+    with world.rater(), world.sink():
+        # Four attempts on, the next one is eight seconds away.
+        eventually(lambda: world.row(stranger), lambda row: row.get("attempts") == 4)
+        replayed(world, bad, sets=("input_tokens=5",))
+        eventually(lambda: world.state(bad), lambda state: state == "rated", seconds=6)
+        assert world.state(stranger) == "parked"
+        world.publish(*account_items("acct-9"))
+        eventually(lambda: world.state(stranger), lambda state: state == "rated")
 
 
 def test_one_replay_at_a_time(world: World) -> None:

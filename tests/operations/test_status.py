@@ -97,8 +97,7 @@ def test_says_what_is_away_and_comes_back(world: World, monkeypatch: pytest.Monk
     monkeypatch.setattr(lag_module, "KAFKA_ANSWERS_S", 1.0)
     nowhere = {"kafka_bootstrap": "127.0.0.1:9", "postgres_dsn": SecretStr("postgresql://nobody@127.0.0.1:9/x")}
     for gone in (["kafka_bootstrap"], ["postgres_dsn"], ["kafka_bootstrap", "postgres_dsn"]):
-        settings = world.settings.model_copy(update={name: nowhere[name] for name in gone})
-        with closing(Watcher(settings)) as watcher:
+        with closing(Watcher(world.settings_with(**{name: nowhere[name] for name in gone}))) as watcher:
             status = watcher.look()
         assert not status.reachable and not status.caught_up
         assert (status.kafka_problem is not None) == ("kafka_bootstrap" in gone)
@@ -125,6 +124,6 @@ def test_no_address_and_no_tables_are_said(world: World) -> None:
     world.connection.execute("DROP SCHEMA billing CASCADE")
     with closing(Watcher(world.settings)) as watcher:
         assert "tally migrate" in (watcher.look().postgres_problem or "")
-    other = world.settings.model_copy(update={"topic_prefix": f"{world.settings.topic_prefix}none-"})
+    other = world.settings_with(topic_prefix=f"{world.settings.topic_prefix}none-")
     with closing(Watcher(other)) as watcher:
         assert "does not exist" in (watcher.look().kafka_problem or "")

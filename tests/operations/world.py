@@ -70,6 +70,10 @@ class World:
         self._producer = Producer({**settings.kafka, "enable.idempotence": True})
         self.publish(*plan_items(), *account_items("acct-1"), *account_items("acct-2"))
 
+    def settings_with(self, **changes: Any) -> Settings:
+        """The settings, changed; made anew, since a copy would keep the connection it has worked out."""
+        return Settings(**{**self.settings.model_dump(exclude={"kafka"}), **changes})
+
     def publish(self, *items: tuple[str, Item]) -> None:
         """Into the table and onto the topic, as the relay would."""
         for kind, item in items:
