@@ -166,7 +166,8 @@ def _cards(events: list[UnratedEvent], money: dict[Origin, Money | None], now: d
     for event, row in zip(events, rows, strict=True):
         origin, *rest = (text.ljust(width) for text, width in zip(row, widths, strict=True))
         yield Text.assemble("  ", (origin, "cyan"), "  ", "  ".join(rest).rstrip(), no_wrap=True, overflow="ellipsis")
-        facts = [f"{age(event.appended_at, now)} old", _times(event.attempts, "attempt")]
+        facts = [f"{age(event.appended_at, now)} old"]
+        facts += [_times(event.attempts, "attempt")] if event.attempts else []
         if amount := money[event.origin]:
             facts.append(f"≈ {plain(amount.amount)} {amount.currency}")
         if decision := _decision_text(event, now):
@@ -247,6 +248,8 @@ def _draw_event(
 ) -> RenderableType:
     style = {"dead_lettered": "red", "parked": "yellow"}.get(event.state, "green")
     state = "being replayed" if event.replaying else event.state.replace("_", "-")
+    if not event.refused and event.reason:
+        state += ", before that refused:"
     parts: list[RenderableType] = [
         Text.assemble(("● ", style), (str(event.origin), "bold"), "  ", (state, style), f"  {event.reason or ''}")
     ]
@@ -303,11 +306,14 @@ def _detail(detail: dict[str, Any]) -> str:
 def _facts(event: UnratedEvent, money: Money | None, now: datetime) -> Iterator[tuple[str, str]]:
     yield "arrived", f"{_moment(event.appended_at)}  ({age(event.appended_at, now)} ago)"
     yield "refused by", f"stage {event.stage}" if event.stage else ""
-    yield "tried", ", ".join([_times(event.attempts, "attempt"), _times(event.replays, "replay")])
+    tried = [_times(event.attempts, "attempt")] if event.attempts else []
+    yield "tried", ", ".join([*tried, *([_times(event.replays, "replay")] if event.replays else [])])
     if event.state == "parked" and not event.replaying and event.not_before is not None:
         wait = (event.not_before - now).total_seconds()
         yield "next attempt", f"{_moment(event.not_before)}  ({'in ' + span(wait) if wait > 0 else 'due'})"
-    yield "at risk", f"≈ {plain(money.amount)} {money.currency} (alone, with today's catalog)" if money else "unknown"
+    if event.refused:
+        text = f"≈ {plain(money.amount)} {money.currency} (alone, with today's catalog)" if money else "unknown"
+        yield "at risk", text
     yield "decision", _decision_text(event, now)
     if event.letter_topic and event.letter_offset is not None and event.letter_offset >= 0:
         yield "letter", f"{event.letter_topic}/{event.letter_partition}/{event.letter_offset}"
@@ -318,6 +324,8 @@ def _next_step(event: UnratedEvent) -> str:
         return ""
     if event.reason == Reason.CONFLICTING_DUPLICATE:
         return "its key was billed with other content: discard it, or have it sent again under a new key"
+    if event.reason in (Reason.UNDECODABLE, Reason.UNKNOWN_SCHEMA, Reason.MESSAGE_TOO_LARGE):
+        return "its bytes cannot be mended here: have the service send it right, then discard this one"
     return f'tally dlq replay {_short(event.origin)} --why "…", with --set NAME=VALUE to mend it; or tally dlq discard'
 
 

@@ -123,7 +123,7 @@ def _stages(stages: list[StageLag], status: Status) -> Table:
         pending = status.relay.pending
         table.add_row(
             Text("relay", "bold"),
-            "billing.catalog",
+            "outbox of the catalog",
             Text(f"{pending:,}", "yellow" if pending else "green"),
             "",
             age(status.relay.oldest_at, status.at) if pending else "",

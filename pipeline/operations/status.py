@@ -78,11 +78,14 @@ class Watcher:
             self._postgres.close()
 
     def look(self) -> Status:
-        """Look now. Rates come from the last look, the first time from one a second before."""
-        if self._before is None:
-            self._before = self._moment()[0]
-            time.sleep(BETWEEN_LOOKS_S)
+        """Look now. Rates come from the last look, the first time from one a second before; while a service is away
+        there may be none.
+        """
         before, (now, kafka_problem, postgres_problem) = self._before, self._moment()
+        if before is None and kafka_problem is None and postgres_problem is None:
+            before = now
+            time.sleep(BETWEEN_LOOKS_S)
+            now, kafka_problem, postgres_problem = self._moment()
         self._before = now
         rater = sink = None
         pending = rest = None
@@ -91,10 +94,10 @@ class Watcher:
             try:
                 ends = kafka.ends()
                 if now.rater is not None:
-                    rate = _rate(topics.events, before.at, before.rater, now.at, now.rater)
+                    rate = _rate(topics.events, before and (before.at, before.rater), (now.at, now.rater))
                     rater = kafka.stage("rater", kafka.rater_topics, now.rater, ends, rate, self._schemas)
                 if now.sink is not None:
-                    rate = _rate(topics.rated, before.at, before.sink, now.at, now.sink)
+                    rate = _rate(topics.rated, before and (before.at, before.sink), (now.at, now.sink))
                     sink = kafka.stage("sink", kafka.sink_topics, now.sink, ends, rate, self._schemas)
             except (KafkaException, TimeoutError) as error:
                 kafka_problem, self._kafka = _said(error), None
@@ -141,9 +144,11 @@ def _line(text: str) -> str:
 
 
 def _rate(
-    topic: str, before_at: float, before: Mapping[Place, int] | None, now_at: float, now: Mapping[Place, int]
+    topic: str, before: tuple[float, Mapping[Place, int] | None] | None, now: tuple[float, Mapping[Place, int]]
 ) -> float | None:
-    return None if before is None else per_second(topic, (before_at, before), (now_at, now))
+    if before is None or before[1] is None:
+        return None
+    return per_second(topic, (before[0], before[1]), now)
 
 
 def headline(status: Status) -> str:
@@ -168,6 +173,8 @@ def _behind(stage: StageLag, records: str) -> str:
     text = f"{stage.stage} is {stage.lag:,} {records} behind on {where}"
     if not stage.group.members:
         return f"{text}, and none is running"
+    if stage.per_second is None:
+        return text
     if stage.seconds_left is None:
         return f"{text}, and stands still"
     return f"{text}, ~{max(1, round(stage.seconds_left)):,} s at the present rate"

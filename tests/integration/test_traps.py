@@ -8,19 +8,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer
 from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from pipeline.rating.batch import Source
+from pipeline.rating.batch import Batch, Outcome, Source
 from pipeline.rating.commit import BatchAborted, Committer, Membership, StateUnknown, new_producer
 from pipeline.rating.state import PartitionState
 from pipeline.rating.take import take
 from tests.integration.conftest import Deploy
 from tests.integration.deployment import Deployment
-from tests.rating.world import SCHEMAS, batch, message, run, usage
+from tests.rating.world import SCHEMAS, batch, framed, message, run, usage
 
 
 def event(key: str, tokens: str = "10") -> dict[str, object]:
@@ -68,12 +69,12 @@ def test_only_committed_records_are_rated(deploy: Deploy) -> None:
     def put(key: str) -> None:
         one = event(key)
         deployment.expect(one)
-        deployment.send_raw(SCHEMAS_framed(one), b"acct-00", producer=producer)
+        deployment.send_raw(framed(one), b"acct-00", producer=producer)
 
     for round_ in range(3):
         producer.begin_transaction()
         for number in range(5):
-            deployment.send_raw(SCHEMAS_framed(event(f"aborted-{round_}-{number}")), b"acct-00", producer=producer)
+            deployment.send_raw(framed(event(f"aborted-{round_}-{number}")), b"acct-00", producer=producer)
         producer.flush(30)
         producer.abort_transaction(30)
         producer.begin_transaction()
@@ -93,12 +94,6 @@ def test_only_committed_records_are_rated(deploy: Deploy) -> None:
     producer.commit_transaction(30)
     deployment.wait(lambda: deployment.counts()["rated"] == 5, "the committed event and the one behind it")
     deployment.check()
-
-
-def SCHEMAS_framed(one: dict[str, object]) -> bytes:
-    from tests.rating.world import framed
-
-    return framed(one)
 
 
 def test_records_deleted_before_they_were_rated_stop_the_worker(deploy: Deploy) -> None:
@@ -137,7 +132,8 @@ def test_records_deleted_under_a_running_worker_stop_it_too(deploy: Deploy) -> N
 
 def _delete(deployment: Deployment, before: int) -> None:
     tp = TopicPartition(deployment.topics.events, 0, before)
-    AdminClient(deployment.settings.kafka).delete_records([tp])[tp].result(30)
+    admin = AdminClient(deployment.settings.kafka)
+    admin.delete_records([tp])[tp].result(30)
 
 
 # -- what Faust would commit
@@ -237,15 +233,13 @@ def _committer(deployment: Deployment, producer: Producer) -> Committer:
 
 
 @pytest.fixture
-def state(deploy: Deploy, tmp_path: object) -> Iterator[PartitionState]:
-    from pathlib import Path
-
-    opened = PartitionState(Path(str(tmp_path)) / "0", {"cluster": "test"})
+def state(tmp_path: Path) -> Iterator[PartitionState]:
+    opened = PartitionState(tmp_path / "0", {"cluster": "test"})
     yield opened
     opened.close()
 
 
-def _some_batch() -> tuple[object, object]:
+def _some_batch() -> tuple[Batch, Outcome]:
     records = [message(usage(f"k{i}"), i) for i in range(3)]
     return replace(batch(records), partition=0), run(records)
 
@@ -259,19 +253,19 @@ def test_a_worker_of_an_older_generation_cannot_commit(deploy: Deploy, state: Pa
     committer = _committer(deployment, producer)
     with members(deployment) as group:
         first = group.join()
-        committer.commit(one, outcome, 0, first, state)  # type: ignore[arg-type]
+        committer.commit(one, outcome, 0, first, state)
         assert deployment.positions(deployment.topics.events) == {0: 3}
         positions = state.positions
         second = group.join()
         assert second.generation > first.generation
-        again = replace(one, first_offset=3, next_offset=6)  # type: ignore[type-var]
+        again = replace(one, first_offset=3, next_offset=6)
         with pytest.raises(BatchAborted, match="ILLEGAL_GENERATION|generation|UNKNOWN_MEMBER"):
-            committer.commit(again, outcome, 0, first, state)  # type: ignore[arg-type]
+            committer.commit(again, outcome, 0, first, state)
         assert deployment.positions(deployment.topics.events) == {0: 3}
         assert len(deployment.receipts()) == 1
         assert state.positions == positions
         # With the generation there is now, it may.
-        committer.commit(again, outcome, 0, second, state)  # type: ignore[arg-type]
+        committer.commit(again, outcome, 0, second, state)
     assert deployment.positions(deployment.topics.events) == {0: 6}
 
 
@@ -284,7 +278,7 @@ def test_a_fenced_producer_changes_nothing(deploy: Deploy, state: PartitionState
     with members(deployment) as group:
         membership = group.join()
         with pytest.raises(StateUnknown, match="fenced|FENCED"):
-            _committer(deployment, old).commit(one, outcome, 0, membership, state)  # type: ignore[arg-type]
+            _committer(deployment, old).commit(one, outcome, 0, membership, state)
     assert (state.positions, deployment.receipts()) == (None, [])
     assert deployment.positions(deployment.topics.events) == {0: 0}
 
