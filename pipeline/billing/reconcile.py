@@ -347,7 +347,7 @@ def _lags(settings: Settings, connection: "Connection[Any]") -> tuple[Lag, ...]:
 
 def _offsets_left(settings: Settings, topics: tuple[str, ...], positions: dict[Place, int]) -> dict[Place, int]:
     """Offsets from the positions to the ends of the logs, where a committed record is left; markers are no lag."""
-    ends = {place: end for place, end in _ends(settings, topics).items() if end > positions.get(place, 0)}
+    ends = {place: end for place, end in _ends_once_known(settings, topics).items() if end > positions.get(place, 0)}
     if not ends:
         return {}
     consumer = Consumer(
@@ -393,3 +393,15 @@ def _ends(settings: Settings, topics: tuple[str, ...]) -> dict[Place, int]:
         isolation_level=IsolationLevel.READ_COMMITTED,
     )
     return {(p.topic, p.partition): future.result(_BROKER_ANSWER_S).offset for p, future in asked.items()}
+
+
+def _ends_once_known(settings: Settings, topics: tuple[str, ...]) -> dict[Place, int]:
+    """``_ends``, asked again while a partition is between two leaders, as it is right after it was created."""
+    until = time.monotonic() + _BROKER_ANSWER_S
+    while True:
+        try:
+            return _ends(settings, topics)
+        except KafkaException as error:
+            if not passes(error.args[0]) or time.monotonic() >= until:
+                raise
+            time.sleep(_LOOK_EVERY_S)

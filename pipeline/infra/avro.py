@@ -73,7 +73,7 @@ class Schemas:
         raise KeyError(event_id)
 
     def encode(self, subject: str, record: Record) -> bytes:
-        """Framed bytes of a record in its subject's newest schema. Raises ValueError or TypeError when it does not fit."""
+        """Framed bytes of a record in its subject's newest schema. ValueError or TypeError if it does not fit."""
         version = self._newest[subject]
         out = io.BytesIO()
         out.write(frame(version.id))

@@ -4,7 +4,6 @@ Nothing else in the package reads the environment.
 """
 
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +60,7 @@ class Settings(BaseSettings):
         default_factory=lambda: os.environ.get("USER") or "unknown", description="who publishes and decides"
     )
 
-    @cached_property
+    @property
     def kafka(self) -> dict[str, Any]:
         """Connection part of a librdkafka configuration. Raises ValueError when no broker is known."""
         if not self.kafka_bootstrap:

@@ -16,9 +16,9 @@ _VARINT_BYTES_MAX = 10
 _NUL = b"\0"
 #: Set in the first byte of a length that is not one byte long, or negative.
 _NOT_SHORT = 0x81
-#: Last five bytes of an eight-byte varint → its value from bit 21 on. Half a million distinct ones are 12 days of time.
+#: Last four bytes of an eight-byte varint → its value from bit 28 on. 100,000 distinct ones are 150 days of time.
 _HIGH: dict[bytes, int] = {}
-_HIGH_MAX = 500_000
+_HIGH_MAX = 100_000
 
 
 class Malformed(Exception):
@@ -72,14 +72,14 @@ def read_event(data: bytes) -> WireEvent:
         j = i + (n >> 1)
         event_type = data[i:j]
 
-        # A time of today takes eight bytes; the last five change every two seconds and are remembered.
+        # A time of today takes eight bytes; the last four change every two minutes and are remembered.
         i = j + 8
-        high = _HIGH.get(data[j + 3 : i])
-        if high is None or not data[j] & data[j + 1] & data[j + 2] & 128:
+        high = _HIGH.get(data[j + 4 : i])
+        if high is None or not data[j] & data[j + 1] & data[j + 2] & data[j + 3] & 128:
             n, i = _rest(data, j + 1, data[j])
-            _remember_high(data[j + 3 : i])
+            _remember_high(data[j + 4 : i])
         else:
-            n = data[j] & 127 | (data[j + 1] & 127) << 7 | (data[j + 2] & 127) << 14 | high
+            n = data[j] & 127 | (data[j + 1] & 127) << 7 | (data[j + 2] & 127) << 14 | (data[j + 3] & 127) << 21 | high
         timestamp_us = (n >> 1) ^ -(n & 1)
 
         n = data[i]
@@ -197,11 +197,11 @@ def _length(data: bytes, i: int, first: int) -> tuple[int, int]:
 
 
 def _remember_high(tail: bytes) -> None:
-    """Remember what the last five bytes of an eight-byte varint stand for."""
-    if len(tail) == 5 and tail[4] < 128 and min(tail[:4]) > 127:
+    """Remember what the last four bytes of an eight-byte varint stand for."""
+    if len(tail) == 4 and tail[3] < 128 and min(tail[:3]) > 127:
         if len(_HIGH) > _HIGH_MAX:
             _HIGH.clear()
-        _HIGH[tail] = _rest(tail, 1, tail[0])[0] << 21
+        _HIGH[tail] = _rest(tail, 1, tail[0])[0] << 28
 
 
 def _check_texts(*texts: bytes) -> None:

@@ -33,9 +33,9 @@ BATCH_BYTES_MAX = 32 * 1024 * 1024
 _RETRY_LOOK_S = 0.25
 #: Pause before an aborted batch is tried again, while the group decides who owns the partition.
 _ABORT_PAUSE_S = 0.2
-#: Lists that begin behind a hole before it is certain that the log no longer holds what is missing. After a seek only
-#: those may come that were on their way: fewer than Faust's buffer (``stream_buffer_maxsize``) and the queue hold.
-_HOLE_LISTS_MAX = 50
+#: How long, and how often, lists may begin behind a hole before it is certain that the log no longer holds what is
+#: missing: after a seek those may still come that were on their way, and a fetch that waits at the broker.
+_HOLE_S, _HOLE_TIMES = 5.0, 5
 #: Parked records are written back at most at this pace, milliseconds a record, however their due times are spread.
 _WRITE_BACK_MS = 5
 #: A full batch of parked records is moved behind those that came after it at the latest after this long.
@@ -100,8 +100,8 @@ class PartitionRater(threading.Thread):
         self._queues: dict[Source, deque[Fetched]] = {source: deque() for source in Source}
         self._queued = dict.fromkeys(Source, 0)
         self._full = dict.fromkeys(Source, False)
-        # Offset of the last hole in what came, and how often it was met.
-        self._holes: dict[Source, tuple[int, int]] = {}
+        # Offset of the last hole in what came, how often it was met, and since when.
+        self._holes: dict[Source, tuple[int, int, float]] = {}
         self._changed = threading.Condition()
         self._stopping = False
         # Parked records taken from the queue and not due yet.
@@ -303,10 +303,10 @@ class PartitionRater(threading.Thread):
 
     def _seek_hole(self, source: Source, at: int, fetched: Fetched) -> None:
         """Fetch again from ``at``. Raises UsageLost when that keeps bringing later records only."""
-        known, times = self._holes.get(source, (at, 0))
-        times = times + 1 if known == at else 1
-        self._holes[source] = (at, times)
-        if times > _HOLE_LISTS_MAX:
+        known, times, since = self._holes.get(source, (None, 0, 0.0))
+        times, since = (times + 1, since) if known == at else (1, time.monotonic())
+        self._holes[source] = (at, times, since)
+        if times > _HOLE_TIMES and time.monotonic() - since > _HOLE_S:
             raise UsageLost(
                 f"{fetched.tp.topic}/{self.partition}: expected records from offset {at}, but fetching from there "
                 f"brings none before {fetched.from_offset}: they were deleted before they were rated"

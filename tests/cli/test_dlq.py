@@ -1,6 +1,10 @@
 """``tally dlq`` as a user types it, on a deployment with real workers."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -86,6 +90,8 @@ def test_many_need_a_yes_and_discarded_ones_are_left_alone(world: World, tally: 
     asked = tally("dlq", "discard", "--all", "--why", "test keys", code=2)
     assert "would discard 3 events" in asked.stderr and "--yes" in asked.stderr
     assert world.scalar("SELECT count(*) FROM billing.unrated_event WHERE decision IS NOT NULL") == 0
+    assert answered(world, "n") == 1
+    assert world.scalar("SELECT count(*) FROM billing.unrated_event WHERE decision IS NOT NULL") == 0
     assert "would discard 1 event" in tally("dlq", "discard", "--all", "--limit", 1, "--dry-run").stdout
     one = tally.json("dlq", "discard", short(bad[0]), "--why", "test key")
     assert one == {"discarded": [str(bad[0])], "moved_on": []}
@@ -101,6 +107,27 @@ def test_many_need_a_yes_and_discarded_ones_are_left_alone(world: World, tally: 
     assert tally.json("dlq", "replay", short(bad[0]), *sets)["outcomes"][0]["state"] == "rated"
     assert tally("dlq", "list").stderr == "no dead letters\n"
     assert tally.json("dlq", "replay", "--all", "--why", "none left")["replayed"] == []
+
+    more = [world.event(f"more{n}", input_tokens="many") for n in range(2)]
+    refused(world, *more)
+    assert answered(world, "y") == 0
+    assert {world.row(origin)["decision"] for origin in more} == {"discard"}
+
+
+def answered(world: World, answer: str) -> int:
+    """Exit code of a discard of everything that was asked on a terminal whether it is sure."""
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, f"{answer}\n".encode())
+        argv = [sys.executable, "-m", "pipeline.cli", "dlq", "discard", "--all", "--why", "test keys"]
+        done = subprocess.run(
+            argv, stdin=theirs, capture_output=True, text=True, env=world.environment(), timeout=60, check=False
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "discard" in done.stderr and "not_a_number" in done.stderr
+    return done.returncode
 
 
 def test_parked_events_are_not_replayed(world: World, tally: Tally) -> None:

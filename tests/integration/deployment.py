@@ -402,12 +402,19 @@ class Rater:
 
     def wait(self, timeout: float = PATIENCE_S) -> int:
         self._may_die = True
-        return self.process.wait(timeout)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the rater did not end in {timeout:.0f} s:\n{self.text()[-3000:]}") from None
 
     def stop(self) -> int:
         """SIGTERM, as an operator or an orchestrator does; returns the exit code."""
         self.process.terminate()
         return self.wait()
+
+    def is_stopped(self) -> bool:
+        """Has a SIGSTOP taken effect?"""
+        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -117,17 +117,21 @@ def test_records_deleted_under_a_running_worker_stop_it_too(deploy: Deploy) -> N
     deployment.send(50)
     rater = deployment.rater()
     deployment.wait_done()
-    rated_to = deployment.positions(deployment.topics.events)[0]
     rater.signal(signal.SIGSTOP)
+    deployment.send(50)  # answers the fetch that is waiting at the broker: these it has, or some of them
+    time.sleep(0.7)
+    on_its_way = deployment.sent.messages
     deployment.send(50)
-    _delete(deployment, rated_to + 20)
+    _delete(deployment, on_its_way + 20)
     rater.may_die()
     rater.signal(signal.SIGCONT)
     deployment.send(50)
     assert rater.wait(30) == 1
     assert "were deleted before they were rated" in rater.text()
-    assert deployment.positions(deployment.topics.events)[0] == rated_to
+    rated_to = deployment.positions(deployment.topics.events)[0]
+    assert rated_to <= on_its_way
     assert max(receipt["next_offset"] for receipt in deployment.receipts()) == rated_to
+    assert max(row["origin_offset"] for row in deployment.rows()) < rated_to
 
 
 def _delete(deployment: Deployment, before: int) -> None:
@@ -259,7 +263,7 @@ def test_a_worker_of_an_older_generation_cannot_commit(deploy: Deploy, state: Pa
         second = group.join()
         assert second.generation > first.generation
         again = replace(one, first_offset=3, next_offset=6)
-        with pytest.raises(BatchAborted, match="ILLEGAL_GENERATION|generation|UNKNOWN_MEMBER"):
+        with pytest.raises(BatchAborted, match=r"(?i)generation"):
             committer.commit(again, outcome, 0, first, state)
         assert deployment.positions(deployment.topics.events) == {0: 3}
         assert len(deployment.receipts()) == 1
@@ -277,7 +281,7 @@ def test_a_fenced_producer_changes_nothing(deploy: Deploy, state: PartitionState
     _producer(deployment).init_transactions(30)
     with members(deployment) as group:
         membership = group.join()
-        with pytest.raises(StateUnknown, match="fenced|FENCED"):
+        with pytest.raises(StateUnknown, match=r"(?i)fenced"):
             _committer(deployment, old).commit(one, outcome, 0, membership, state)
     assert (state.positions, deployment.receipts()) == (None, [])
     assert deployment.positions(deployment.topics.events) == {0: 0}
