@@ -286,7 +286,7 @@ class Deployment:
         deadline = time.monotonic() + patience_s
         while not condition():
             for rater in self._raters:
-                rater.must_be_well()
+                rater.must_be_well(others=[other for other in self._raters if other is not rater])
             assert time.monotonic() < deadline, f"waited {patience_s:.0f} s in vain: {what}"
             time.sleep(0.1)
 
@@ -393,9 +393,11 @@ class Rater:
         """How often the log has a word."""
         return self.text().count(what)
 
-    def must_be_well(self) -> None:
+    def must_be_well(self, others: Sequence["Rater"] = ()) -> None:
         code = self.process.poll()
-        assert code is None or self._may_die, f"the rater ended with {code}:\n{self.text()[-3000:]}"
+        if code is not None and not self._may_die:
+            logs = "".join(f"\n--- rater {one.pid}\n{one.text()[-3000:]}" for one in (self, *others))
+            raise AssertionError(f"rater {self.pid} ended with {code}:{logs}")
 
     def may_die(self) -> None:
         self._may_die = True
