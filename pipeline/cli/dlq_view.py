@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.core.money import plain
+from pipeline.core.periods import to_datetime
 from pipeline.core.reasons import Reason
 from pipeline.infra.avro import Record, Schemas
-from pipeline.infra.clock import instant
 from pipeline.operations.ages import age, span
 from pipeline.operations.at_risk import Money
 from pipeline.operations.dead_letters import AtRisk, Decided, Origin, ReasonCount, UnratedEvent
@@ -99,7 +99,7 @@ def decoded_event(value: bytes | None, schemas: Schemas) -> tuple[Record | None,
     except NotAnEvent as error:
         return None, str(error)
     try:
-        return event | {"timestamp": instant(event["timestamp"])}, None
+        return event | {"timestamp": to_datetime(event["timestamp"])}, None
     except OverflowError:
         return event | {"timestamp": f"{event['timestamp']} microseconds since 1970"}, None
 

@@ -16,9 +16,9 @@ from pipeline.core.charges import Charge, compile_price
 from pipeline.core.documents import Entry
 from pipeline.core.meters import Meter, compile_measure
 from pipeline.core.money import amount_decimal
+from pipeline.core.periods import to_micros
 from pipeline.core.reasons import Rejection
 from pipeline.infra.avro import EVENTS, FRAME_BYTES, Schemas, frame
-from pipeline.infra.clock import micros
 from pipeline.infra.wire import Malformed, read_event
 
 
@@ -50,7 +50,7 @@ def estimator(connection: "Connection[Any]", accounts: Iterable[str], schemas: S
     """
     rows = connection.execute(_CATALOG, {"accounts": sorted(set(accounts))}).fetchall()
     entries = (
-        Entry(kind, id_, version, micros(valid_from), document) for kind, id_, version, valid_from, document in rows
+        Entry(kind, id_, version, to_micros(valid_from), document) for kind, id_, version, valid_from, document in rows
     )
     catalog = Catalog.empty().extend(entries, len(rows))
     frames = {frame(schema_id) for schema_id in schemas.ids(EVENTS)}

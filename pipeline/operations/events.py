@@ -13,8 +13,8 @@ from typing import cast
 import fastavro
 from fastavro.types import Schema
 
+from pipeline.core.periods import to_datetime, to_micros
 from pipeline.infra.avro import EVENTS, FRAME_BYTES, Record, Schemas, frame
-from pipeline.infra.clock import instant, micros
 
 #: Fields of the event itself that a mend may set; every other name is a property.
 MENDABLE = ("account", "event_type", "timestamp", "subject")
@@ -38,7 +38,7 @@ class Mend:
 
     def texts(self) -> dict[str, str]:
         """What is set, by the names ``parse_mend`` takes; for people and for the audit record."""
-        fields = {name: instant(v).isoformat() if isinstance(v, int) else v for name, v in self.fields.items()}
+        fields = {name: to_datetime(v).isoformat() if isinstance(v, int) else v for name, v in self.fields.items()}
         return fields | {
             f"properties.{name}" if name in MENDABLE else name: value for name, value in self.properties.items()
         }
@@ -57,7 +57,7 @@ def parse_mend(settings: list[str]) -> Mend:
         if name in _KEPT:
             raise ValueError(f"{name} is never changed by a replay: under another one the event could be billed twice")
         if name == "timestamp":
-            mend.fields[name] = micros(parse_time(value))
+            mend.fields[name] = to_micros(parse_time(value))
         elif name in MENDABLE:
             mend.fields[name] = value
         else:

@@ -15,8 +15,8 @@ from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaE
 from confluent_kafka.admin import AdminClient, OffsetSpec
 from psycopg import Connection
 
+from pipeline.core.periods import to_micros
 from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
-from pipeline.infra.clock import micros
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
 from pipeline.operations.dead_letters import ReasonCount, Selection, reasons
@@ -225,7 +225,7 @@ def _by_place(tp: TopicPartition) -> Place:
 def _due_ms(value: bytes | None, schemas: Schemas) -> int:
     """When a parked event is tried again; what is no letter is refused at once."""
     try:
-        return micros(schemas.decode(value, DEAD_LETTER)["not_before"]) // 1000
+        return to_micros(schemas.decode(value, DEAD_LETTER)["not_before"]) // 1000
     except WireError:
         return 0
 

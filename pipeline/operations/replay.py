@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaException, Producer
 from psycopg import Connection
 
+from pipeline.core.periods import to_datetime, to_micros
 from pipeline.infra.avro import DEAD_LETTER, Record, Schemas, WireError
-from pipeline.infra.clock import instant, micros
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics, partition_of
 from pipeline.operations.dead_letters import NOT_SEEN, Origin, Pick, UnratedEvent, audit, lock
@@ -192,7 +192,7 @@ def _text(text: str) -> str:
 def _time(at_us: int) -> datetime | None:
     """For reading only: None outside the calendar."""
     try:
-        return instant(at_us)
+        return to_datetime(at_us)
     except OverflowError:
         return None
 
@@ -256,13 +256,13 @@ class _Sender:
             "origin_partition": event.origin_partition,
             "origin_offset": event.origin_offset,
             # Age is judged at the first arrival: a replay makes no event younger.
-            "origin_appended_at": micros(event.appended_at) // 1000,
+            "origin_appended_at": to_micros(event.appended_at) // 1000,
             "stage": event.stage,
             "reason": event.reason,
             "message": event.message,
             "attempts": 0,
             "replays": event.replays,
-            "parked_at": micros(event.parked_at) // 1000,
+            "parked_at": to_micros(event.parked_at) // 1000,
             "not_before": 0,
             "catalog_offset": 0,
             "account": named and named["account"],

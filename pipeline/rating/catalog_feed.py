@@ -12,8 +12,8 @@ from typing import Any
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from pipeline.core.catalog import Catalog, Entry
+from pipeline.core.periods import to_micros
 from pipeline.infra.avro import CATALOG, Schemas
-from pipeline.infra.clock import micros
 from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
@@ -100,7 +100,7 @@ class CatalogFeed(threading.Thread):
             record = self._schemas.decode(value, CATALOG)
             valid_from: datetime = record["valid_from"]
             return Entry(
-                record["kind"], record["id"], record["version"], micros(valid_from), json.loads(record["document"])
+                record["kind"], record["id"], record["version"], to_micros(valid_from), json.loads(record["document"])
             )
         except Exception as error:
             raise ValueError(f"catalog entry {key!r} at offset {offset} cannot be read: {error}") from error

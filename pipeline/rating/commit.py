@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from pipeline.core.periods import to_micros
 from pipeline.core.usage import ParkedRecord, Refused
 from pipeline.infra.avro import DEAD_LETTER, RECEIPTS, Record, Schemas
-from pipeline.infra.clock import micros
 from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics, partition_of
@@ -309,7 +309,7 @@ def _time(at_us: int | None) -> int | None:
     return at_us if at_us is not None and _FIRST_US <= at_us <= _LAST_US else None
 
 
-_FIRST_US, _LAST_US = micros(datetime.min.replace(tzinfo=UTC)), micros(datetime.max.replace(tzinfo=UTC))
+_FIRST_US, _LAST_US = to_micros(datetime.min.replace(tzinfo=UTC)), to_micros(datetime.max.replace(tzinfo=UTC))
 
 
 def _resolutions(outcome: Outcome) -> list[Record]:

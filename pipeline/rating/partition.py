@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.periods import to_micros
 from pipeline.core.usage import ParkedRecord, Record
 from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
-from pipeline.infra.clock import micros
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.batch import Batch, Outcome, Shape, Source, any_due, process, process_one_by_one
@@ -337,14 +337,14 @@ def unpark(record: Record, schemas: Schemas) -> Record:
         topic=letter["origin_topic"],
         partition=letter["origin_partition"],
         offset=letter["origin_offset"],
-        timestamp=micros(letter["origin_appended_at"]) // 1000,
+        timestamp=to_micros(letter["origin_appended_at"]) // 1000,
         key=letter["key"],
         value=letter["value"],
         letter=record.value or b"",
         letter_key=record.key,
         attempts=letter["attempts"],
         replays=letter["replays"],
-        parked_at_ms=micros(letter["parked_at"]) // 1000,
-        not_before_ms=micros(letter["not_before"]) // 1000,
+        parked_at_ms=to_micros(letter["parked_at"]) // 1000,
+        not_before_ms=to_micros(letter["not_before"]) // 1000,
         catalog_offset=letter["catalog_offset"],
     )

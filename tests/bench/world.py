@@ -19,10 +19,10 @@ from pipeline.core.charges import Charge, Tier
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import Item, to_document
 from pipeline.core.meters import Meter
+from pipeline.core.periods import to_datetime
 from pipeline.core.plans import Plan
 from pipeline.infra import processes
 from pipeline.infra.avro import CATALOG, EVENTS, frame, load_schemas
-from pipeline.infra.clock import instant
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
 from pipeline.rating.changelog import expiry_day, pack_seen
@@ -134,9 +134,9 @@ def send_catalog(settings: Settings) -> None:
             "kind": kind,
             "id": item.id,
             "version": 1,
-            "valid_from": instant(0),
+            "valid_from": to_datetime(0),
             "document": json.dumps(to_document(item)),
-            "published_at": instant(0),
+            "published_at": to_datetime(0),
             "published_by": "bench",
         }
         messages.append((f"{kind}/{item.id}/1".encode(), schemas.encode(CATALOG, entry)))

@@ -23,9 +23,9 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import canonical_json, kind_of, to_document
 from pipeline.core.meters import Meter
+from pipeline.core.periods import BEGINNING, to_datetime
 from pipeline.core.plans import Plan
 from pipeline.infra.avro import CATALOG, DEAD_LETTER, RATED, RECEIPTS
-from pipeline.infra.clock import EPOCH
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, partition_of
 from tests.rating.world import (
@@ -97,9 +97,9 @@ class Deployment:
                 "kind": kind,
                 "id": item.id,
                 "version": item.version,
-                "valid_from": EPOCH,
+                "valid_from": to_datetime(BEGINNING),
                 "document": canonical_json(to_document(item)),
-                "published_at": EPOCH,
+                "published_at": to_datetime(BEGINNING),
                 "published_by": "test",
             }
             producer.produce(self.topics.catalog, SCHEMAS.encode(CATALOG, record), f"{kind}/{item.id}/{item.version}")

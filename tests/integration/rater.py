@@ -1,7 +1,8 @@
 """One rater in a process of its own, as ``tally rater`` runs it, with a hand on the steps of its commits.
 
 Settings come from the environment; the first argument is a JSON object of hooks:
-``die_at`` step and ``nth`` time (SIGKILL to itself there), ``freeze_at`` step and ``nth`` time (SIGSTOP);
+``die_at`` step and ``nth`` time (SIGKILL to itself there); ``freeze_at`` step (SIGSTOP, once both of two partitions
+have committed, so that none is being taken);
 ``poison``: the meter raises on this quantity; ``never_commit``: batches are processed, but not committed;
 ``agent_fails``: Faust's agent raises on the nth fetched list.
 """
@@ -29,16 +30,19 @@ def main() -> int:
     settings = Settings()
     logs.configure(settings, worker=f"rater-{os.getpid()}")
     steps: Counter[str] = Counter()
+    committed: set[str] = set()
     lock = threading.Lock()
 
     def on_step(step: str) -> None:
         with lock:
             steps[step] += 1
-            if steps[step] == hooks.get("nth", 1):
-                if step == hooks.get("die_at"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if step == hooks.get("freeze_at"):
-                    os.kill(os.getpid(), signal.SIGSTOP)
+            if step == hooks.get("die_at") and steps[step] == hooks["nth"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step == hooks.get("freeze_at") and len(committed) == 2:
+                hooks.clear()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if step == "applied":
+                committed.add(threading.current_thread().name)
 
     if "poison" in hooks:
         _poison(hooks["poison"].encode())

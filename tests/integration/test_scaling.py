@@ -51,7 +51,7 @@ FROZEN_AT = ("begun", "changelogs_produced", "offsets_sent", "committed")
 
 
 def _frozen(deployment: Deployment, step: str) -> Deployment:
-    zombie = deployment.rater(freeze_at=step, nth=3)
+    zombie = deployment.rater(freeze_at=step)
     zombie.may_die()
     deployment.wait(lambda: zombie.is_stopped(), f"the worker to freeze at {step}")
     heir = deployment.rater()
@@ -70,7 +70,7 @@ def frozen(deploy: Deploy) -> dict[str, Deployment]:
     deployments = [deploy(batch_records=100) for _ in FROZEN_AT]
     for deployment in deployments:
         deployment.publish_all()
-        deployment.send(800)
+        deployment.send(1500)
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(FROZEN_AT, pool.map(_frozen, deployments, FROZEN_AT), strict=True))
 

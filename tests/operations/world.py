@@ -19,9 +19,9 @@ from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import Item, to_document
 from pipeline.core.meters import Meter
 from pipeline.core.money import QUANTITY_ONE
+from pipeline.core.periods import BEGINNING, to_datetime
 from pipeline.core.plans import Plan
 from pipeline.infra.avro import CATALOG, EVENTS, load_schemas
-from pipeline.infra.clock import EPOCH
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, partition_of
@@ -81,10 +81,16 @@ class World:
             self.connection.execute(
                 "INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by) "
                 "VALUES (%s, %s, 1, %s, %s, 'test')",
-                [kind, item.id, EPOCH, document],
+                [kind, item.id, to_datetime(BEGINNING), document],
             )
-            entry = {"kind": kind, "id": item.id, "version": 1, "valid_from": EPOCH, "document": document}
-            value = SCHEMAS.encode(CATALOG, entry | {"published_at": EPOCH, "published_by": "test"})
+            entry = {
+                "kind": kind,
+                "id": item.id,
+                "version": 1,
+                "valid_from": to_datetime(BEGINNING),
+                "document": document,
+            }
+            value = SCHEMAS.encode(CATALOG, entry | {"published_at": to_datetime(BEGINNING), "published_by": "test"})
             self._producer.produce(self.topics.catalog, value, f"{kind}/{item.id}/1")
         assert self._producer.flush(15) == 0
 
