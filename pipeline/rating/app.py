@@ -111,11 +111,16 @@ class Rater(Events):
     # -- Faust
 
     async def _rate(self, stream: Any) -> None:
-        async for event in stream.events():
-            fetched: Fetched = event.message.value
-            owner = self._owners.get(fetched.tp.partition)
-            if owner is not None:
-                owner.offer(self._sources[fetched.tp.topic], fetched)
+        try:
+            async for event in stream.events():
+                fetched: Fetched = event.message.value
+                owner = self._owners.get(fetched.tp.partition)
+                if owner is not None:
+                    owner.offer(self._sources[fetched.tp.topic], fetched)
+        except Exception as error:
+            # Faust would drop the list, start the agent again and wait for the next one, which may be long in coming.
+            self.failed(-1, error)
+            raise
 
     async def _on_assigned(self, app: Any, assigned: set[TP], **kwargs: Any) -> None:
         try:

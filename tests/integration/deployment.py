@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import canonical_json, kind_of, to_document
@@ -26,6 +26,7 @@ from pipeline.core.meters import Meter
 from pipeline.core.periods import BEGINNING, to_datetime
 from pipeline.core.plans import Plan
 from pipeline.infra.avro import CATALOG, DEAD_LETTER, RATED, RECEIPTS
+from pipeline.infra.kafka import passes
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, partition_of
 from tests.rating.world import (
@@ -259,7 +260,13 @@ class Deployment:
         """Committed offset of the raters' group per partition, 0 where there is none."""
         with contextlib.closing(Consumer(self.settings.kafka | {"group.id": self.group})) as consumer:
             tps = [TopicPartition(topic, partition) for partition in range(self.settings.partitions)]
-            return {tp.partition: max(0, tp.offset) for tp in consumer.committed(tps, 30)}
+            while True:
+                try:
+                    return {tp.partition: max(0, tp.offset) for tp in consumer.committed(tps, 30)}
+                except KafkaException as error:  # a broker that just started
+                    if not passes(error.args[0]):
+                        raise
+                    time.sleep(0.1)
 
     def counts(self, receipts: Sequence[dict[str, Any]] | None = None) -> Counter[str]:
         """Arrivals by state now, from the receipts alone."""

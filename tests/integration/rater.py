@@ -4,9 +4,10 @@ Settings come from the environment; the first argument is a JSON object of hooks
 ``die_at`` step and ``nth`` time (SIGKILL to itself there); ``freeze_at`` step (SIGSTOP, once both of two partitions
 have committed, so that none is being taken);
 ``poison``: the meter raises on this quantity; ``never_commit``: batches are processed, but not committed;
-``agent_fails``: Faust's agent raises on the nth fetched list.
+``agent_fails``: Faust's agent raises on the nth fetched list; ``drop_list``: the nth fetched list is lost.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from pipeline.rating.partition import PartitionRater
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR1)  # for a person who looks into one that hangs
     hooks = json.loads(sys.argv[1])
     settings = Settings()
     logs.configure(settings, worker=f"rater-{os.getpid()}")
@@ -49,7 +51,9 @@ def main() -> int:
     if hooks.get("never_commit"):
         Committer.commit = lambda *args: print("processed", args[1].next_offset, file=sys.stderr)  # type: ignore
     if "agent_fails" in hooks:
-        _fail_agent(hooks["agent_fails"])
+        _fail_agent(hooks["agent_fails"], ZeroDivisionError("a bug in the agent"))
+    if "drop_list" in hooks:
+        _fail_agent(hooks["drop_list"], None)
     try:
         run(settings, on_step=on_step)
     except RaterFailed as error:
@@ -74,14 +78,17 @@ def _poison(quantity: bytes) -> None:
     enrich.compile_measure = compiled  # type: ignore[attr-defined]
 
 
-def _fail_agent(nth: int) -> None:
+def _fail_agent(nth: int, error: Exception | None) -> None:
     offer, calls = PartitionRater.offer, Counter[str]()
 
     def failing(self: PartitionRater, *args: Any) -> None:
         calls["offer"] += 1
-        if calls["offer"] == nth:
-            raise ZeroDivisionError("a bug in the agent")
-        offer(self, *args)
+        if calls["offer"] != nth:
+            offer(self, *args)
+        elif error is not None:
+            raise error
+        else:
+            print("a list is dropped", file=sys.stderr)
 
     PartitionRater.offer = failing  # type: ignore[method-assign]
 
