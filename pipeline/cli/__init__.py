@@ -4,10 +4,20 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 findings (a difference, an un
 group; each registers itself on the root.
 """
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from pipeline.cli import accounts, demo, dlq, explain, plans, produce, reconcile, services, status, workers
 from pipeline.cli.output import run_reporting_errors
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tally {version('tally-billing')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="tally",
@@ -16,6 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Usage billing on Kafka: events in, invoice lines out, every line proved."""
+
 
 for group in (demo, services, workers, produce, plans, accounts, status, dlq, explain, reconcile):
     group.register(app)

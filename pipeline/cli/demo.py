@@ -235,9 +235,9 @@ def _await_reconciled(settings: Settings) -> Reconciliation:
     deadline = time.monotonic() + 30
     while True:
         result = reconcile(settings)
-        if result.reconciled or time.monotonic() > deadline:
+        if (result.reconciled and not result.lag) or time.monotonic() > deadline:
             return result
-        time.sleep(0.3)
+        time.sleep(0.2)
 
 
 def _count(connection: "Connection[Any]", query: str) -> int:

@@ -3,6 +3,7 @@
 Nothing else in the package reads the environment.
 """
 
+import getpass
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,14 @@ def default_cache_dir() -> Path:
     """Where fetched files are kept that can be fetched again."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tally"
+
+
+def _user() -> str:
+    """Who runs this process, for the audit trail; the user's number where the system has no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 class Settings(BaseSettings):
@@ -55,18 +64,16 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     session_timeout: float = Field(10.0, ge=6.0, description="a dead rater's partitions move on after this long")
-    batch_records: int = Field(5000, ge=1, le=100_000, description="most events in one transaction")
-    actor: str = Field(
-        default_factory=lambda: os.environ.get("USER") or "unknown", description="who publishes and decides"
-    )
+    batch_records: int = Field(5000, ge=1, le=5000, description="most events in one transaction")
+    actor: str = Field(default_factory=_user, description="who publishes and decides")
 
     @property
     def kafka(self) -> dict[str, Any]:
         """Connection part of a librdkafka configuration. Raises ValueError when no broker is known."""
         if not self.kafka_bootstrap:
             raise ValueError("no Kafka known: set TALLY_KAFKA_BOOTSTRAP or run `tally up`")
-        # Warnings and worse: below that the client speaks of its own housekeeping.
-        config: dict[str, Any] = {"bootstrap.servers": self.kafka_bootstrap, "log_level": 4}
+        # Only what is critical: every line would say again that the broker is away, which those who wait say once.
+        config: dict[str, Any] = {"bootstrap.servers": self.kafka_bootstrap, "log_level": 2}
         if self.kafka_security_protocol != "PLAINTEXT":
             config["security.protocol"] = self.kafka_security_protocol
         if self.kafka_security_protocol.startswith("SASL"):

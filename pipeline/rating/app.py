@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,9 +30,9 @@ from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, check_topics
 from pipeline.rating.batch import Batch, Outcome, Shape, Source
 from pipeline.rating.catalog_feed import CatalogFeed
-from pipeline.rating.commit import Membership
+from pipeline.rating.commit import STUCK_S, Membership
 from pipeline.rating.faust_batches import BatchTransport, Fetched, batch_consumer, co_owned
-from pipeline.rating.partition import Events, PartitionRater, RaterConfig
+from pipeline.rating.partition import PartitionListener, PartitionRater, RaterConfig
 
 log = get_logger(__name__)
 
@@ -39,6 +40,8 @@ log = get_logger(__name__)
 _FETCH_BYTES = 2 * 1024 * 1024
 #: A worker that cannot stop in this time leaves anyway: the next owner fences it.
 _STOP_S = 20.0
+#: One that has failed has nothing to finish.
+_FAILED_STOP_S = 3.0
 _CATALOG_S = 60.0
 #: Objects made between two looks of the cycle collector: several batches' worth.
 _GC_ALLOCATIONS = 200_000
@@ -50,7 +53,7 @@ class RaterFailed(Exception):
     """The worker had to exit: its state or its place in the group is unknown. Starting it again restores both."""
 
 
-class Rater(Events):
+class Rater(PartitionListener):
     """One worker: the Faust app, the catalog feed, and the owners of the partitions assigned to it."""
 
     def __init__(self, settings: Settings, *, on_step: Callable[[str], None] = lambda step: None) -> None:
@@ -87,11 +90,11 @@ class Rater(Events):
         gc.set_threshold(_GC_ALLOCATIONS, 20, 20)
         sys.setswitchinterval(_SWITCH_S)
         self._feed.start()
-        if not await asyncio.to_thread(self._feed.wait_ready, _CATALOG_S):
-            raise RaterFailed(f"the catalog could not be read in {_CATALOG_S:.0f} s: is Kafka reachable?")
+        if not await self._catalog_read():
+            return
         log.info("rater_started", group=self._config.group, worker=self._config.worker)
         await self.app.start()
-        watches = [asyncio.create_task(self._watch_lag()), asyncio.create_task(self._watch_faust())]
+        watches = [asyncio.create_task(watch()) for watch in (self._show_lag, self._watch_faust, self._watch_owners)]
         try:
             await self._done.wait()
         finally:
@@ -101,6 +104,19 @@ class Rater(Events):
         if self._failure is not None:
             raise RaterFailed(f"{type(self._failure).__name__}: {self._failure}") from self._failure
         log.info("rater_stopped")
+
+    async def _catalog_read(self) -> bool:
+        """Wait until the catalog was read once; False when told to stop before. Raises RaterFailed if it cannot be."""
+        deadline = time.monotonic() + _CATALOG_S
+        while not await asyncio.to_thread(self._feed.wait_ready, 0.2):
+            if self._failure is not None:
+                raise RaterFailed(f"the catalog cannot be read: {self._failure}") from self._failure
+            if self._done.is_set():
+                self._feed.stop()
+                return False
+            if time.monotonic() > deadline:
+                raise RaterFailed(f"the catalog could not be read in {_CATALOG_S:.0f} s: is Kafka reachable?")
+        return True
 
     async def _stop(self) -> None:
         self._feed.stop()
@@ -128,8 +144,12 @@ class Rater(Events):
         except RuntimeError as error:
             self.failed(-1, error)
             return
-        await self._release(self._owners)
+        # Before any wait: a heartbeat may lose the membership meanwhile, and that of nobody would fence nothing.
         generation, member = batch_consumer(self.app).member()
+        if generation < 0 or not member:
+            self.failed(-1, RaterFailed("the group forgot this worker while it assigned partitions"))
+            return
+        await self._release(self._owners)
         membership = Membership(self._config.group, generation, member)
         log.info("partitions_assigned", partitions=partitions, generation=generation)
         for partition in partitions:
@@ -148,8 +168,9 @@ class Rater(Events):
         owners = [self._owners.pop(partition) for partition in list(partitions) if partition in self._owners]
         for owner in owners:
             owner.stop()
+        deadline = time.monotonic() + (_STOP_S if self._failure is None else _FAILED_STOP_S)
         for owner in owners:
-            await asyncio.to_thread(owner.join, _STOP_S)
+            await asyncio.to_thread(owner.join, max(0.0, deadline - time.monotonic()))
             if owner.is_alive():
                 self.failed(
                     owner.partition, RaterFailed(f"partition {owner.partition} did not stop in {_STOP_S:.0f} s")
@@ -163,7 +184,15 @@ class Rater(Events):
     def seek(self, partition: int, source: Source, offset: int) -> None:
         tp = self._tp(partition, source)
         log.info("fetching_again", topic=tp.topic, partition=partition, offset=offset)
-        self._in_loop(lambda: asyncio.ensure_future(self.app.consumer.seek_wait({tp: offset})))
+        self._in_loop(self._seek, tp, offset)
+
+    def _seek(self, tp: TP, offset: int) -> None:
+        def sought(done: "asyncio.Future[None]") -> None:
+            # What was queued behind the hole is forgotten: without the seek nothing would come again.
+            if not done.cancelled() and (error := done.exception()) is not None:
+                self.failed(tp.partition, error)
+
+        asyncio.ensure_future(self.app.consumer.seek_wait({tp: offset})).add_done_callback(sought)
 
     def failed(self, partition: int, error: BaseException) -> None:
         if self._failure is None:
@@ -202,10 +231,17 @@ class Rater(Events):
         await self.app._crashed.wait()
         self.failed(-1, self.app.crash_reason or RuntimeError("Faust crashed"))
 
-    async def _watch_lag(self) -> None:
+    async def _watch_owners(self) -> None:
+        """A thread that hangs in the Kafka client cannot be helped; another process can go on in its place."""
+        while not any(owner.stuck for owner in self._owners.values()):
+            await asyncio.sleep(1.0)
+        self.failed(-1, RaterFailed(f"the Kafka client has not come back from a call for {STUCK_S:.0f} s"))
+
+    async def _show_lag(self) -> None:
         while True:
             await asyncio.sleep(2.0)
             metrics.RATER_CATALOG_POSITION.set(self._feed.view.offset)
+            metrics.RATER_CATALOG_AGE.set(self._feed.age_s)
             for partition, owner in self._owners.items():
                 for source, offset in owner.next_offsets.items():
                     tp = self._tp(partition, source)

@@ -18,6 +18,14 @@ from pipeline.rating.dedupe import dedupe, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
 
+
+class StateFailed(Exception):
+    """What a partition remembers could not be read or written: the disk's fault, never an event's."""
+
+
+#: Raised on, whatever event was in hand: the worker stops and starts again.
+NO_EVENTS_FAULT = (StateFailed, OSError, MemoryError)
+
 SEQUENCE_BLOCK = 1000
 #: Parked events are tried again for this long, then dead-lettered.
 RETRY_FOR_MS = 7 * 24 * 60 * 60 * 1000
@@ -46,7 +54,7 @@ class Batch:
 
 
 class State(Protocol):
-    """What a partition remembers, read only."""
+    """What a partition remembers, read only. Raises StateFailed when it cannot be read."""
 
     def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
         """Payload each identity was rated with, None for those never rated."""
@@ -97,7 +105,8 @@ class Overlay:
         return [seen.get(identity, payload) for identity, payload in zip(identities, below, strict=True)]
 
     def quantity(self, counter: bytes) -> int | None:
-        return self._state.quantity(counter)
+        moved = self._outcome.totals.get(counter)
+        return self._state.quantity(counter) if moved is None else moved
 
 
 def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcome:
@@ -136,15 +145,18 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
 def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape) -> tuple[Outcome, list[Exception]]:
     """As ``process``, but a record that makes it raise becomes dead letter ``internal_error`` (law 2).
 
-    Slow, for the batch in which ``process`` raised. Returns the exceptions too: each is a defect to be reported.
+    Slow, for the batch in which ``process`` raised. Returns the exceptions too: each is a defect to be reported. What
+    is no event's fault (the disk, memory) is raised: it must stop the worker, not fill the dead-letter topic.
     """
     whole = Outcome()
-    overlay = _Accumulated(state, whole)
+    overlay = Overlay(state, whole)
     errors: list[Exception] = []
     for record in batch.records:
         one = replace(batch, records=[record])
         try:
             part = process(one, overlay, view, shape)
+        except NO_EVENTS_FAULT:
+            raise
         except Exception as error:  # noqa: BLE001  whatever it is, it must not stop the stream
             errors.append(error)
             rejection = Rejection(Stage.INTERNAL, Reason.INTERNAL_ERROR, f"the rater failed on it: {error!r}")
@@ -165,14 +177,6 @@ def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape
     return whole, errors
 
 
-class _Accumulated(Overlay):
-    """An overlay that also knows the running quantities of what went before."""
-
-    def quantity(self, counter: bytes) -> int | None:
-        moved = self._outcome.totals.get(counter)
-        return moved if moved is not None else super().quantity(counter)
-
-
 def any_due(batch: Batch, view: TermsView, shape: Shape) -> bool:
     """Is there a parked record in the batch whose time has come?"""
     return any(not isinstance(record, ParkedRecord) or _due(record, batch, view, shape) for record in batch.records)
@@ -183,13 +187,24 @@ def backoff_ms(attempts: int) -> int:
     return min(RETRY_FIRST_MS << min(attempts - 1, 20), RETRY_LONGEST_MS)
 
 
+def not_before_ms(attempts: int, now_ms: int) -> int:
+    """When to try again after the n-th failed attempt: the wait, rounded up to quarters of it.
+
+    Parked records are written back together when the first of them is due; on a grid they fall due together, so that a
+    queue of thousands is written four times an hour, not without end.
+    """
+    wait_ms = backoff_ms(attempts)
+    grid_ms = wait_ms // 4
+    return -(-(now_ms + wait_ms) // grid_ms) * grid_ms
+
+
 def _split_due(batch: Batch, view: TermsView, shape: Shape) -> tuple[list[Record], list[ParkedRecord], list[Refused]]:
     """Parked records to try now, those whose time has not come, and what is no parked record at all."""
     ready: list[Record] = []
     waiting: list[ParkedRecord] = []
     foreign: list[Refused] = []
     for record in batch.records:
-        if not isinstance(record, ParkedRecord):
+        if not isinstance(record, ParkedRecord) or record.topic != shape.origin_topic:
             foreign.append(Refused(record, _FOREIGN))
         elif _due(record, batch, view, shape):
             ready.append(record)

@@ -5,6 +5,7 @@ A snapshot is only swapped when the topic's end is reached, so that a publicatio
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -22,6 +23,10 @@ from pipeline.rating.enrich import TermsView
 log = get_logger(__name__)
 
 _POLL_S = 0.2
+#: How often an idle catalog is asked where it ends, and how long the answer may take.
+_LOOK_EVERY_S, _ANSWER_S = 5.0, 5.0
+#: A price counts from 60 s after it was published: a rater that has not seen the whole catalog for half of that waits.
+STALE_S = 30.0
 
 
 class CatalogFeed(threading.Thread):
@@ -38,6 +43,7 @@ class CatalogFeed(threading.Thread):
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._view = TermsView(Catalog.empty())
+        self._whole_at = time.monotonic()
 
     @property
     def view(self) -> TermsView:
@@ -47,6 +53,11 @@ class CatalogFeed(threading.Thread):
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the catalog was read to its end once; seconds."""
         return self._ready.wait(timeout)
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the snapshot was last known to be the whole catalog."""
+        return time.monotonic() - self._whole_at
 
     def stop(self) -> None:
         self._stopping.set()
@@ -74,6 +85,8 @@ class CatalogFeed(threading.Thread):
         offset = 0
         try:
             while not self._stopping.is_set():
+                if self.age_s > _LOOK_EVERY_S and not pending:
+                    self._look(consumer)
                 for message in consumer.consume(1000, _POLL_S):
                     error = message.error()
                     if error is None:
@@ -87,12 +100,22 @@ class CatalogFeed(threading.Thread):
         finally:
             consumer.close()
 
+    def _look(self, consumer: Consumer) -> None:
+        """Ask where the catalog ends: an idle topic and one that cannot be reached look alike to who only polls."""
+        try:
+            _, end = consumer.get_watermark_offsets(TopicPartition(self._topics.catalog, 0), _ANSWER_S)
+        except KafkaException:
+            return  # whatever keeps it from answering: the snapshot grows old, and the partitions wait and say so
+        if end <= self._view.offset:
+            self._whole_at = time.monotonic()
+
     def _swap(self, entries: list[Entry], offset: int) -> None:
         current = self._view.catalog
         if entries or offset != current.offset:
             self._view = TermsView(current.extend(entries, offset))
         if entries or not self._ready.is_set():
             log.info("catalog_read", entries=len(entries), offset=offset)
+        self._whole_at = time.monotonic()
         self._ready.set()
 
     def _entry(self, key: bytes | None, value: bytes | None, offset: int | None) -> Entry:

@@ -26,20 +26,21 @@ def day_of(at_ms: int) -> int:
     return at_ms // _DAY_MS
 
 
-def expiry_day(appended_ms: int) -> int:
-    """First day (since 1970 UTC) on which an identity appended then may be forgotten.
+def expiry_day(appended_ms: int, rated_ms: int) -> int:
+    """First day (since 1970 UTC) on which an identity may be forgotten that arrived and was rated then.
 
-    An accepted event's own time is at most five minutes after its append time; one day of margin covers that and the
+    Counted from when it was rated where that is later: an old event that was replayed must meet its repeats too. An
+    accepted event's own time is at most five minutes after its append time; a day of margin covers that, another the
     part of the day already gone.
     """
-    return day_of(appended_ms) + SEEN_DAYS + 2
+    return day_of(max(appended_ms, rated_ms)) + SEEN_DAYS + 2
 
 
-def by_expiry(rated: Iterable[Event]) -> dict[int, list[bytes]]:
-    """Entries (identity and payload) of rated events, by the day they expire."""
+def by_expiry(rated: Iterable[Event], rated_ms: int) -> dict[int, list[bytes]]:
+    """Entries (identity and payload) of events rated at a time, by the day they expire."""
     days: defaultdict[int, list[bytes]] = defaultdict(list)
     for event in rated:
-        days[expiry_day(event.record.timestamp)].append(event.identity + event.payload)
+        days[expiry_day(event.record.timestamp, rated_ms)].append(event.identity + event.payload)
     return days
 
 

@@ -7,6 +7,7 @@ CommitError
 └── StateUnknown   fenced, fatal, or an outcome nobody can tell: the worker must exit and restore
 """
 
+import hashlib
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from pipeline.infra.avro import DEAD_LETTER, RECEIPTS, Record, Schemas
 from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics, partition_of
-from pipeline.rating.batch import Batch, Outcome, Source, backoff_ms
+from pipeline.rating.batch import Batch, Outcome, Source, not_before_ms
 from pipeline.rating.changelog import by_expiry, pack_quantity, pack_seen
 from pipeline.rating.state import PartitionState, Positions
 
@@ -31,6 +32,11 @@ log = get_logger(__name__)
 TRANSACTION_TIMEOUT_MS = 15_000
 #: How long one call into the client may take before we look around and say that the broker is away.
 CALL_TIMEOUT_S = 5.0
+#: Twice that, and a call has missed its own timeout: ``send_offsets_to_transaction`` has none in truth, and may wait for
+#: ever when the broker restarts meanwhile (librdkafka issues 5456 and 5511).
+STUCK_S = 2 * CALL_TIMEOUT_S
+#: Most of a message that a letter holds, bytes: with both, and the rest of it, a letter stays below RECORD_BYTES_MAX.
+_VALUE_KEPT, _KEY_KEPT = 1024 * 1024, 64 * 1024
 
 
 class CommitError(Exception):
@@ -46,7 +52,7 @@ class StateUnknown(CommitError):
 
 
 class Membership(NamedTuple):
-    """Who this worker is in the consumer group right now. Read afresh for every transaction."""
+    """Who this worker is in the consumer group, as of one assignment; each new one makes new owners with a new one."""
 
     group: str
     generation: int
@@ -75,7 +81,7 @@ def new_producer(kafka: dict[str, Any], transactional_id: str) -> Producer:
             "compression.type": "lz4",
             "linger.ms": 5,
             "message.max.bytes": RECORD_BYTES_MAX,
-            # A batch fits whole: nothing waits for room while the transaction is open.
+            # A usual batch fits whole; one of huge events waits for room (``_produce``).
             "queue.buffering.max.messages": 2_000_000,
             "queue.buffering.max.kbytes": 1_048_576,
         }
@@ -105,6 +111,13 @@ class Committer:
         self._worker = worker
         self._stopped = stopped
         self._on_step = on_step
+        self._calling_since: float | None = None
+
+    @property
+    def stuck(self) -> bool:
+        """Is a call into the client under way that will not come back? Read from other threads."""
+        since = self._calling_since
+        return since is not None and time.monotonic() - since > STUCK_S
 
     def commit(
         self, batch: Batch, outcome: Outcome, catalog_offset: int, membership: Membership, state: PartitionState
@@ -122,7 +135,7 @@ class Committer:
         BatchAborted or StateUnknown.
         """
         positions = state.positions or Positions(0, 0)
-        seen = by_expiry(outcome.rated)
+        seen = by_expiry(outcome.rated, batch.now_ms)
         ends = [positions.seen, positions.totals]
         try:
             # Step 1.
@@ -173,12 +186,13 @@ class Committer:
     def _produce_letters(self, batch: Batch, outcome: Outcome, catalog_offset: int) -> None:
         for refused in outcome.dead:
             letter = self._letter(refused, batch.now_ms, catalog_offset, not_before_ms=0)
-            self._produce(self._topics.dead_letter, letter, refused.account or refused.record.key, self._partition)
+            key = refused.account or (refused.record.key or b"")[:_KEY_KEPT] or None
+            self._produce(self._topics.dead_letter, letter, key, self._partition)
         for refused in outcome.parked:
             # On its own partition it can be tried at once; there it waits, longer each time.
             home = partition_of(refused.account or b"", self._partitions)
-            wait_ms = backoff_ms(_attempts(refused)) if home == self._partition else 0
-            letter = self._letter(refused, batch.now_ms, catalog_offset, not_before_ms=batch.now_ms + wait_ms)
+            due_ms = not_before_ms(_attempts(refused), batch.now_ms) if home == self._partition else batch.now_ms
+            letter = self._letter(refused, batch.now_ms, catalog_offset, not_before_ms=due_ms)
             self._produce(self._topics.retry, letter, refused.account, home)
         for record in outcome.waiting:
             self._produce(self._topics.retry, record.letter, record.letter_key, self._partition)
@@ -186,6 +200,8 @@ class Committer:
     def _letter(self, refused: Refused, now_ms: int, catalog_offset: int, *, not_before_ms: int) -> bytes:
         record, rejection = refused.record, refused.rejection
         parked = record if isinstance(record, ParkedRecord) else None
+        key, key_cut = _kept("key", record.key, _KEY_KEPT)
+        value, value_cut = _kept("value", record.value, _VALUE_KEPT)
         return self._schemas.encode(
             DEAD_LETTER,
             {
@@ -195,7 +211,7 @@ class Committer:
                 "origin_appended_at": record.timestamp,
                 "stage": rejection.stage.value,
                 "reason": rejection.reason.value,
-                "message": rejection.message,
+                "message": rejection.message + key_cut + value_cut,
                 "attempts": _attempts(refused),
                 "replays": parked.replays if parked else 0,
                 "parked_at": parked.parked_at_ms if parked else now_ms,
@@ -205,8 +221,8 @@ class Committer:
                 "idempotency_key": _text(refused.key),
                 "event_type": _text(refused.event_type),
                 "event_time": _time(refused.timestamp_us),
-                "key": record.key,
-                "value": record.value,
+                "key": key,
+                "value": value,
             },
         )
 
@@ -263,6 +279,7 @@ class Committer:
         """Run a step until it is decided: a retriable error says only that the broker did not answer in time."""
         waited = False
         while True:
+            self._calling_since = time.monotonic()
             try:
                 step()
             except KafkaException as error:
@@ -281,6 +298,8 @@ class Committer:
                 if waited:
                     log.info("broker_back", partition=self._partition)
                 return
+            finally:
+                self._calling_since = None
 
     def _abort(self, error: KafkaError) -> None:
         """After an error in the transaction: abort if that is allowed and raise BatchAborted, else StateUnknown."""
@@ -293,6 +312,18 @@ class Committer:
                 f"partition {self._partition}: {failed.args[0]} while aborting after {error}"
             ) from failed
         raise BatchAborted(f"partition {self._partition}: {error}")
+
+
+def _kept(name: str, data: bytes | None, most: int) -> tuple[bytes | None, str]:
+    """What of a message's key or value goes into its letter, and a word on what was cut.
+
+    The broker limits what came by its compressed size, so it may be larger than any record we could write. All of it
+    stands at its origin for as long as the topic keeps it.
+    """
+    if data is None or len(data) <= most:
+        return data, ""
+    digest = hashlib.sha256(data).hexdigest()
+    return data[:most], f"; of its {name} the first {most} of {len(data)} bytes are kept, SHA-256 of all {digest}"
 
 
 def _attempts(refused: Refused) -> int:

@@ -17,8 +17,17 @@ from pipeline.core.usage import ParkedRecord, Record
 from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
-from pipeline.rating.batch import Batch, Outcome, Shape, Source, any_due, process, process_one_by_one
-from pipeline.rating.catalog_feed import CatalogFeed
+from pipeline.rating.batch import (
+    NO_EVENTS_FAULT,
+    Batch,
+    Outcome,
+    Shape,
+    Source,
+    any_due,
+    process,
+    process_one_by_one,
+)
+from pipeline.rating.catalog_feed import STALE_S, CatalogFeed
 from pipeline.rating.changelog import day_of
 from pipeline.rating.commit import BatchAborted, Committer, Membership, new_producer
 from pipeline.rating.faust_batches import Fetched
@@ -33,6 +42,11 @@ BATCH_BYTES_MAX = 32 * 1024 * 1024
 _RETRY_LOOK_S = 0.25
 #: Pause before an aborted batch is tried again, while the group decides who owns the partition.
 _ABORT_PAUSE_S = 0.2
+#: Aborts of one batch after which the worker gives up: a rebalance would have taken it away long before.
+_ABORTS_MAX = 300
+#: Batches of events after which parked ones get a turn, however many events wait.
+_EVENTS_IN_A_ROW = 10
+_CATALOG_LOOK_S = 0.5
 #: How long, and how often, lists may begin behind a hole before it is certain that the log no longer holds what is
 #: missing: after a seek those may still come that were on their way, and a fetch that waits at the broker.
 _HOLE_S, _HOLE_TIMES = 5.0, 5
@@ -58,7 +72,7 @@ class RaterConfig:
     worker: str
 
 
-class Events:
+class PartitionListener:
     """What a partition tells its worker. Called from the partition's thread."""
 
     def full(self, partition: int, source: Source, is_full: bool) -> None:
@@ -83,7 +97,7 @@ class PartitionRater(threading.Thread):
         membership: Membership,
         config: RaterConfig,
         feed: CatalogFeed,
-        events: Events,
+        listener: PartitionListener,
         *,
         process_batch: Callable[..., Outcome] = process,
         on_step: Callable[[str], None] = lambda step: None,
@@ -94,7 +108,7 @@ class PartitionRater(threading.Thread):
         self._membership = membership
         self._config = config
         self._feed = feed
-        self._events = events
+        self._listener = listener
         self._process = process_batch
         self._on_step = on_step
         self._queues: dict[Source, deque[Fetched]] = {source: deque() for source in Source}
@@ -103,7 +117,9 @@ class PartitionRater(threading.Thread):
         # Offset of the last hole in what came, how often it was met, and since when.
         self._holes: dict[Source, tuple[int, int, float]] = {}
         self._changed = threading.Condition()
+        self._committer: Committer | None = None
         self._stopping = False
+        self._in_a_row = 0
         # Parked records taken from the queue and not due yet.
         self._held: Batch | None = None
         self._held_until_ms = 0
@@ -114,6 +130,11 @@ class PartitionRater(threading.Thread):
         self._looked = False
 
     # -- from the event loop
+
+    @property
+    def stuck(self) -> bool:
+        """Does the thread wait in a call that will not come back?"""
+        return self._committer is not None and self._committer.stuck
 
     def offer(self, source: Source, fetched: Fetched) -> None:
         """Queue a fetched list. Never blocks; says ``full`` when there is enough."""
@@ -157,7 +178,7 @@ class PartitionRater(threading.Thread):
                 restored_totals=taken.restored_totals,
                 seconds=round(time.monotonic() - started, 3),
             )
-            committer = Committer(
+            committer = self._committer = Committer(
                 producer,
                 topics=config.topics,
                 schemas=config.schemas,
@@ -172,18 +193,22 @@ class PartitionRater(threading.Thread):
         except Interrupted:
             pass
         except BaseException as error:  # noqa: BLE001  handed on: the worker must exit
-            self._events.failed(self.partition, error)
+            self._listener.failed(self.partition, error)
         finally:
             if state is not None:
                 state.close()
 
     def _rate(self, batch: Batch, committer: Committer, state: PartitionState) -> None:
         """Process and commit a batch; when its transaction is aborted, again, unless the partition went."""
+        aborted = 0
         while True:
+            self._await_catalog()
             started = time.monotonic()
             view = self._feed.view
             try:
                 outcome = self._process(batch, state, view, self._config.shape)
+            except NO_EVENTS_FAULT:
+                raise
             except Exception as error:
                 log.exception("batch_failed", partition=self.partition, first_offset=batch.first_offset)
                 outcome, errors = process_one_by_one(batch, state, view, self._config.shape)
@@ -192,7 +217,11 @@ class PartitionRater(threading.Thread):
             try:
                 committer.commit(batch, outcome, view.offset, self._membership, state)
             except BatchAborted as error:
-                log.warning("batch_aborted", partition=self.partition, error=str(error))
+                aborted += 1
+                if aborted == 1:
+                    log.warning("batch_aborted", partition=self.partition, error=str(error))
+                if aborted > _ABORTS_MAX:
+                    raise
                 with self._changed:
                     if self._stopping:
                         raise Interrupted from error
@@ -200,9 +229,22 @@ class PartitionRater(threading.Thread):
                 continue
             self.next_offsets[batch.source] = batch.next_offset
             if batch.source is Source.EVENTS and batch.records:
-                state.forget_before(day_of(batch.records[-1].timestamp))
-            self._events.committed(self.partition, batch, outcome, time.monotonic() - started)
+                # Neither clock alone may make it forget: the broker's could jump ahead, this machine's too.
+                state.forget_before(day_of(min(batch.records[-1].timestamp, batch.now_ms)))
+            self._listener.committed(self.partition, batch, outcome, time.monotonic() - started)
             return
+
+    def _await_catalog(self) -> None:
+        """Wait while the catalog may have prices this worker does not know. Raises Interrupted when stopped."""
+        if self._feed.age_s <= STALE_S:
+            return
+        log.warning("catalog_away", partition=self.partition, seconds=round(self._feed.age_s))
+        while self._feed.age_s > STALE_S:
+            with self._changed:
+                if self._stopping:
+                    raise Interrupted
+                self._changed.wait(_CATALOG_LOOK_S)
+        log.info("catalog_back", partition=self.partition)
 
     # -- the next batch
 
@@ -210,11 +252,24 @@ class PartitionRater(threading.Thread):
         """Wait for a batch that may be processed now; None when stopping."""
         with self._changed:
             while not self._stopping:
-                batch = self._merge(Source.EVENTS) or self._due_retry()
+                first, second = self._in_turn()
+                batch = first() or second()
                 if batch is not None:
+                    self._in_a_row = self._in_a_row + 1 if batch.source is Source.EVENTS else 0
                     return batch
                 self._changed.wait(None if self._held is None else _RETRY_LOOK_S)
         return None
+
+    def _in_turn(self) -> tuple[Callable[[], Batch | None], Callable[[], Batch | None]]:
+        """Events come first; after a row of their batches the parked ones do, or a backlog would starve them."""
+
+        def events() -> Batch | None:
+            return self._merge(Source.EVENTS)
+
+        if self._in_a_row < _EVENTS_IN_A_ROW:
+            return events, self._due_retry
+        self._in_a_row = 0
+        return self._due_retry, events
 
     def _merge(self, source: Source, start: int | None = None, held: int = 0, size: int = 0) -> Batch | None:
         """Join queued lists to one batch; cut what was processed before; ask again for what is missing.
@@ -314,13 +369,13 @@ class PartitionRater(threading.Thread):
         self._queues[source].clear()
         self._queued[source] = 0
         self._tell_full(source)
-        self._events.seek(self.partition, source, at)
+        self._listener.seek(self.partition, source, at)
 
     def _tell_full(self, source: Source) -> None:
         full = self._queued[source] >= 2 * self._config.batch_records
         if full != self._full[source]:
             self._full[source] = full
-            self._events.full(self.partition, source, full)
+            self._listener.full(self.partition, source, full)
 
 
 def _now_ms() -> int:

@@ -63,7 +63,9 @@ def rate(
                 assert isinstance(quantity, Rejection)
                 rejection = quantity
                 break
-        if rejection is None and measured:
+        if rejection is None and not measured:
+            rejection = _UNMETERED
+        if rejection is None:
             # Everything is computed before anything is kept: all charges or none.
             head = b""
             moved: list[tuple[bytes, int]] = []
@@ -134,6 +136,13 @@ def rate(
 
 
 _ZERO = decimal(0)
+
+# Not passed over in silence: finance could not tell forgotten usage from free usage, which a charge of price 0 shows.
+_UNMETERED = Rejection(
+    Stage.RATE,
+    Reason.NO_CHARGE,
+    "no charge of the plan counts this event: the filters of all its meters leave it out; price it, at 0 if it is free",
+)
 
 
 def _overflow(after: int) -> Rejection:

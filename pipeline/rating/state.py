@@ -6,19 +6,24 @@ is dropping a whole family, never a scan; at most three hold live entries. Memor
 ``_TOTALS_CACHED``, however many keys there are.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from rocksdict import BlockBasedOptions, Cache, DBCompressionType, Options, Rdict, WriteBatch
 
+from pipeline.infra.logs import get_logger
 from pipeline.infra.wire import IDENTITY_BYTES
+from pipeline.rating.batch import StateFailed
 from pipeline.rating.changelog import SEEN_DAYS, pack_quantity, unpack_quantity
+
+log = get_logger(__name__)
 
 _META, _TOTALS, _SEEN = "default", "totals", "seen-"
 #: Running quantities kept in memory; the rest is read from disk when asked for.
@@ -50,14 +55,28 @@ class PartitionState:
         in ``path-1``, ``path-2``, … and is restored there.
         """
         self._path, self._lock = _claim(path)
-        wanted = json.dumps(dict(sorted(stamp.items())))
-        self._open()
-        if self._meta.get(b"stamp") != wanted.encode():
-            self._close()
+        self._stamp = json.dumps(dict(sorted(stamp.items()))).encode()
+        self._totals_cached: dict[bytes, int] = {}
+        try:
+            self._open()
+        except Exception as error:  # noqa: BLE001  the driver raises nothing more exact
+            # The directory is ours alone, so what is in it is damaged. It is only a cache.
+            log.warning("state_unreadable", path=str(self._path), error=str(error), then="restored from the changelogs")
             shutil.rmtree(self._path)
             self._open()
-            self._meta[b"stamp"] = wanted.encode()
-        self._totals_cached: dict[bytes, int] = {}
+        stored = self._meta.get(b"stamp")
+        if stored is None:
+            self._meta[b"stamp"] = self._stamp
+        elif stored != self._stamp:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, to be restored from the changelogs' beginning."""
+        self._close()
+        shutil.rmtree(self._path)
+        self._open()
+        self._meta[b"stamp"] = self._stamp
+        self._totals_cached.clear()
 
     def _open(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
@@ -85,7 +104,8 @@ class PartitionState:
         keys: list[Any] = list(identities)
         found: list[bytes | None] = [None] * len(keys)
         for family in self._seen.values():
-            below: list[bytes | None] = family.get(keys) or []
+            with _disk():
+                below: list[bytes | None] = family.get(keys) or []
             if any(below):
                 found = [old if old is not None else new for old, new in zip(found, below, strict=True)]
         return found
@@ -94,7 +114,8 @@ class PartitionState:
         cached = self._totals_cached.get(counter)
         if cached is not None:
             return cached
-        stored = self._totals.get(counter)
+        with _disk():
+            stored = self._totals.get(counter)
         if stored is None:
             return None
         quantity = unpack_quantity(stored)
@@ -102,7 +123,14 @@ class PartitionState:
         return quantity
 
     def apply(self, seen: Mapping[int, Sequence[bytes]], totals: Mapping[bytes, int], positions: Positions) -> None:
-        """Write what a committed batch (or a run of restored records) changed, atomically."""
+        """Write what a committed batch (or a run of restored records) changed, atomically. Raises StateFailed."""
+        with _disk():
+            self._write(seen, totals, positions)
+        if len(self._totals_cached) > _TOTALS_CACHED:
+            self._totals_cached.clear()
+        self._totals_cached.update(totals)
+
+    def _write(self, seen: Mapping[int, Sequence[bytes]], totals: Mapping[bytes, int], positions: Positions) -> None:
         batch = WriteBatch(raw_mode=True)
         put = batch.put
         for day, entries in seen.items():
@@ -117,9 +145,6 @@ class PartitionState:
             put(counter, pack_quantity(quantity), handle)
         put(b"positions", json.dumps(positions).encode())
         self._db.write(batch)
-        if len(self._totals_cached) > _TOTALS_CACHED:
-            self._totals_cached.clear()
-        self._totals_cached.update(totals)
 
     def forget_before(self, day: int) -> None:
         """Drop identities that all expire before ``day`` (days since 1970 UTC)."""
@@ -141,6 +166,15 @@ class PartitionState:
         for family in (*self._seen.values(), self._totals):
             family.close()
         self._db.close()
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """Name a driver's error for what it is: the disk's fault, or the store's, never an event's."""
+    try:
+        yield
+    except Exception as error:
+        raise StateFailed(f"the local state cannot be read or written: {error}") from error
 
 
 def _claim(path: Path) -> tuple[Path, TextIO]:

@@ -77,18 +77,25 @@ def take(
     try:
         # Step 2.
         sources = {Source.EVENTS: topics.events, Source.RETRY: topics.retry}
-        next_offsets = {
+        offsets = {
             source: _next_offset(consumer, TopicPartition(topic, partition), stopped)
             for source, topic in sources.items()
         }
         # Step 3.
         seen, totals = _restore(consumer, state, topics, partition, stopped)
+        if state.positions is not None and not any(committed for committed, _ in offsets.values()):
+            raise UsageLost(
+                f"partition {partition} was rated before, but group {group} has no offsets any more: the broker forgot "
+                "them (offsets.retention.minutes, with no rater up for that long). Set them with Kafka's own tools to "
+                "the next_offset of the newest receipts"
+            )
     finally:
         consumer.close()
-    return Taken(next_offsets, seen, totals)
+    return Taken({source: offset for source, (_, offset) in offsets.items()}, seen, totals)
 
 
-def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> int:
+def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> tuple[bool, int]:
+    """Whether an offset was committed, and the next one to process."""
     # librdkafka asks for stable offsets: it waits while a transaction that moves them is pending.
     committed = _until_decided(lambda: consumer.committed([tp], _CALL_TIMEOUT_S), stopped)[0]
     if committed.error is not None:
@@ -106,7 +113,7 @@ def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], b
             f"{tp.topic}/{tp.partition} ends at {high}, but offset {next_offset} was reached already: "
             "the topic was recreated or lost its tail"
         )
-    return next_offset
+    return committed.offset != OFFSET_INVALID, next_offset
 
 
 def _restore(
@@ -119,6 +126,11 @@ def _restore(
     for topic, position in ((topics.seen, stored.seen), (topics.totals, stored.totals)):
         tp = TopicPartition(topic, partition)
         low, high = _watermarks(consumer, tp, stopped)
+        if position > high:
+            # The log lost its tail. What the state knows beyond it would make events, read again, look like repeats.
+            log.warning("changelog_behind_state", topic=topic, partition=partition, end=high, position=position)
+            state.reset()
+            return _restore(consumer, state, topics, partition, stopped)
         ends[topic], at[topic] = high, max(position, low)  # what retention took has expired anyway
     consumer.assign([TopicPartition(topic, partition, offset) for topic, offset in at.items() if offset < ends[topic]])
     open_topics = {topic for topic, offset in at.items() if offset < ends[topic]}

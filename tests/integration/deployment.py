@@ -299,15 +299,19 @@ class Deployment:
 
     def wait_done(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until everything sent to ``usage.events`` was committed by raters."""
+        ends = self._ends()
+        self.wait(lambda: self.is_done(ends), f"raters to reach {ends}", patience_s)
+
+    def is_done(self, ends: dict[int, int] | None = None) -> bool:
+        """Was everything on ``usage.events``, or up to these offsets, committed by raters?"""
+        at = self.positions(self.topics.events)
+        return all(at[partition] >= end for partition, end in (ends or self._ends()).items())
+
+    def _ends(self) -> dict[int, int]:
         ends: dict[int, int] = {}
         for message in self._read(self.topics.events):
             ends[message.partition() or 0] = (message.offset() or 0) + 1
-
-        def done() -> bool:
-            at = self.positions(self.topics.events)
-            return all(at[partition] >= end for partition, end in ends.items())
-
-        self.wait(done, f"raters to reach {ends}, they are at {self.positions(self.topics.events)}", patience_s)
+        return ends
 
     # -- the judge
 

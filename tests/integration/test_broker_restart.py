@@ -40,12 +40,15 @@ def test_a_broker_that_restarts_under_a_working_rater(tmp_path: Path) -> None:
     try:
         with embedded.running(services, kafka_port=port):
             deployment.send(100)
+            rater.may_die()
+            deployment.wait(lambda: rater.process.poll() is not None or deployment.is_done(), "the rater to go on")
+            if rater.process.poll() is not None:
+                # librdkafka may hang in a call for ever; the worker notices and leaves, its supervisor starts it again.
+                assert "the Kafka client has not come back from a call" in rater.text()
+                deployment.rater()
             deployment.wait_done()
             deployment.check()
-            assert rater.process.poll() is None
-            assert rater.says("partitions_assigned") >= 1
             assert rater.says("broker_away") <= 4  # once a partition and a step, not once a try
-            assert rater.stop() == 0
     finally:
         deployment.close()
 

@@ -20,13 +20,35 @@ def states(deployment: Deployment) -> dict[str, int]:
     return {state: count for state, count in deployment.counts().items() if count}
 
 
+def _listening(pid: int) -> set[tuple[str, int]]:
+    """(address, port) of every TCP socket the process listens on."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = str(link.readlink())
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
 def test_everything_sent_is_in_exactly_one_state_and_priced_right(deploy: Deploy) -> None:
-    deployment = deploy(partitions=4)
+    """And while at it, the worker listens nowhere but for its metrics, on loopback."""
+    deployment = deploy(partitions=4, metrics_port=0)
     deployment.publish_all()
     deployment.send(3000)
     rater = deployment.rater()
     deployment.wait_done()
     deployment.check()
+    assert [address for address, _ in _listening(rater.pid)] == ["0100007F"]
     assert rater.stop() == 0
     assert rater.says("Traceback") == 0
 
@@ -172,35 +194,3 @@ def test_a_receipt_of_the_worst_batch_fits_into_a_record(deploy: Deploy) -> None
     deployment.check()
     assert max(receipt["records"] for receipt in deployment.receipts()) <= 5000
     assert rater.stop() == 0
-
-
-def _listening(pid: int) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket the process listens on."""
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = str(link.readlink())
-        except FileNotFoundError:  # closed meanwhile
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                address, port = fields[1].split(":")
-                found.add((address, int(port, 16)))
-    return found
-
-
-@pytest.mark.parametrize("metrics", [False, True])
-def test_the_worker_listens_nowhere_but_for_metrics_on_loopback(deploy: Deploy, metrics: bool) -> None:
-    deployment = deploy(partitions=1, metrics_port=0 if metrics else None)
-    deployment.publish_all()
-    deployment.send(10)
-    rater = deployment.rater()
-    deployment.wait_done()
-    sockets = _listening(rater.pid)
-    assert {address for address, _ in sockets} <= {"0100007F"}
-    assert len(sockets) == metrics

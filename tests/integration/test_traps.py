@@ -29,33 +29,6 @@ def event(key: str, tokens: str = "10") -> dict[str, object]:
     return usage(key, "acct-00", timestamp=at, properties={"tokens": tokens, "model": "small"})
 
 
-# -- assignment
-
-
-def test_events_and_retry_of_a_partition_are_always_on_one_worker(deploy: Deploy) -> None:
-    """One to five workers on four partitions: each assignment is checked by the worker itself, and by its log."""
-    deployment = deploy(partitions=4)
-    deployment.publish_all()
-    raters = []
-    for count in range(1, 6):
-        raters.append(deployment.rater())
-        generation = count
-        deployment.wait(
-            lambda: sum(rater.text().count("partitions_assigned") for rater in raters) >= _assignments(generation),  # noqa: B023
-            f"{count} workers to share the partitions",
-        )
-        deployment.send(60)
-    deployment.wait_done()
-    for rater in raters:
-        rater.must_be_well()
-    deployment.check()
-
-
-def _assignments(workers: int) -> int:
-    """Every worker is assigned anew whenever one joins."""
-    return workers * (workers + 1) // 2
-
-
 # -- what is read
 
 
@@ -153,9 +126,6 @@ def test_faust_commits_nothing_by_itself(deploy: Deploy) -> None:
     time.sleep(3.5)  # Faust commits every 2.8 s
     assert rater.stop() == 0
     assert deployment.positions(deployment.topics.events) == {0: 0}
-    deployment.rater()
-    deployment.wait_done()
-    deployment.check()
 
 
 def test_an_exception_in_the_agent_loses_nothing(deploy: Deploy) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -23,8 +24,10 @@ from pipeline.rating.batch import (
     RETRY_FOR_MS,
     Outcome,
     Source,
+    StateFailed,
     any_due,
     backoff_ms,
+    not_before_ms,
     process,
     process_one_by_one,
 )
@@ -357,3 +360,30 @@ def test_a_parked_repeat_of_a_rated_event_is_a_duplicate() -> None:
     state = Memory()
     state.apply(run([message(usage(), 0)], state=state))
     assert [event.record.offset for event in retry(parked(usage(), 1), state=state).repeats] == [1]
+
+
+def test_a_letter_of_another_origin_is_not_taken_for_an_event_that_arrived() -> None:
+    """Replayed garbage of the retry topic would else decide what became of the event at the same offset of events."""
+    outcome = retry(parked(usage(), 3, topic="usage.retry"))
+    assert (outcome.rated, outcome.rows) == ([], [])
+    assert [refused.record.topic for refused in outcome.dead] == ["usage.retry"]
+
+
+@given(st.lists(st.integers(0, 3_600_000), min_size=200, max_size=200))
+def test_parked_events_fall_due_together(spread_ms: list[int]) -> None:
+    due = {not_before_ms(20, NOW_MS + at_ms) for at_ms in spread_ms}
+    assert len(due) <= 5
+    for at_ms in spread_ms:
+        wait_ms = not_before_ms(20, NOW_MS + at_ms) - (NOW_MS + at_ms)
+        assert backoff_ms(20) <= wait_ms < backoff_ms(20) * 5 // 4
+
+
+class _BrokenDisk(Memory):
+    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
+        raise StateFailed("the disk is gone")
+
+
+def test_a_failing_disk_stops_the_worker_and_fills_no_dead_letter_topic() -> None:
+    for way in (process, process_one_by_one):
+        with pytest.raises(StateFailed):
+            way(batch([message(usage(), 0)]), _BrokenDisk(), view(), SHAPE)

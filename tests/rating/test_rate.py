@@ -186,11 +186,11 @@ def test_a_second_charge_that_overflows_takes_the_first_one_back() -> None:
     assert (row["charge"], row["quantity_before"], row["amount"]) == ("in", 0, 1)
 
 
-def test_an_event_that_every_filter_leaves_out_is_rated_with_no_row() -> None:
+def test_an_event_that_every_filter_leaves_out_is_a_dead_letter_and_keeps_its_key() -> None:
     terms = view(meter(filters=(Filter("model", ("small",)),)), plan(per_unit()), account(), contract())
     outcome = run([message(usage(properties={"model": "large"}), 0)], terms)
-    assert (len(outcome.rated), outcome.rows, outcome.dead) == (1, [], [])
-    assert len(outcome.seen) == 1  # and its key is used up
+    assert (outcome.rated, outcome.rows, outcome.seen) == ([], [], {})
+    assert [refused.rejection.reason for refused in outcome.dead] == [Reason.NO_CHARGE]
 
 
 # -- enrich: which terms hold at the event's time

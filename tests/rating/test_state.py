@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.rating.batch import StateFailed
 from pipeline.rating.changelog import (
     SEEN_DAYS,
     by_expiry,
@@ -247,7 +248,12 @@ def test_quantities_unpack_to_what_was_packed(quantity: int) -> None:
 def test_seen_keys_outlive_37_days_after_the_later_of_event_and_append_time(in_day: int, ahead_ms: int) -> None:
     appended = NOW_MS // DAY_MS * DAY_MS + in_day
     later = max(appended, appended + ahead_ms)
-    assert expiry_day(appended) * DAY_MS >= later + 37 * DAY_MS
+    assert expiry_day(appended, appended) * DAY_MS >= later + 37 * DAY_MS
+
+
+@given(st.integers(0, 90 * DAY_MS))
+def test_a_replayed_event_is_remembered_as_long_as_a_new_one(waited_ms: int) -> None:
+    assert expiry_day(NOW_MS, NOW_MS + waited_ms) * DAY_MS >= NOW_MS + waited_ms + 37 * DAY_MS
 
 
 def test_entries_are_grouped_by_the_day_they_expire() -> None:
@@ -256,6 +262,33 @@ def test_entries_are_grouped_by_the_day_they_expire() -> None:
         message(usage("b", timestamp=NOW_US - 5 * DAY_US), 1, timestamp=NOW_MS - 5 * DAY_MS),
     ]
     rated = run(records).rated
-    grouped = by_expiry(rated)
-    assert grouped == {expiry_day(event.record.timestamp): [event.identity + event.payload] for event in rated}
+    grouped = by_expiry(rated, NOW_MS - 5 * DAY_MS)
+    days = [expiry_day(event.record.timestamp, NOW_MS - 5 * DAY_MS) for event in rated]
+    assert grouped == {day: [event.identity + event.payload] for day, event in zip(days, rated, strict=True)}
     assert len(grouped) == 2
+
+
+# -- a disk that fails
+
+
+def test_a_damaged_state_is_thrown_away_and_restored(tmp_path: Path) -> None:
+    state = PartitionState(tmp_path / "p", {"cluster": "a"})
+    state.apply({20_000: [b"i" * 16 + b"p" * 8]}, {b"counter": 5}, Positions(1, 1))
+    state.close()
+    (tmp_path / "p" / "CURRENT").write_text("MANIFEST-999999\n")
+    state = PartitionState(tmp_path / "p", {"cluster": "a"})
+    assert (state.positions, state.quantity(b"counter")) == (None, None)
+    state.close()
+
+
+def test_a_failing_disk_is_named_and_no_events_fault(tmp_path: Path) -> None:
+    state = PartitionState(tmp_path / "p", {})
+    state.apply({20_000: [b"i" * 16 + b"p" * 8]}, {}, Positions(1, 1))
+    state.close()
+    for call in (
+        lambda: state.known([b"i" * 16]),
+        lambda: state.quantity(b"counter"),
+        lambda: state.apply({}, {b"counter": 1}, Positions(2, 2)),
+    ):
+        with pytest.raises(StateFailed):
+            call()
