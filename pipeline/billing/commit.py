@@ -19,7 +19,7 @@ from pipeline.billing.intake import Batch, Place, Poison, RatedMessage
 from pipeline.billing.lines import Line, LineKey, Lines, merge_references
 from pipeline.billing.rated import Head
 from pipeline.billing.receipts import Receipt, write_receipts, write_sequences
-from pipeline.billing.unrated import write_letters, write_resolutions
+from pipeline.billing.unrated import write_unrated
 from pipeline.core.periods import to_datetime
 from pipeline.infra.topics import Topics
 
@@ -47,7 +47,7 @@ class PositionTaken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a commit did, for the metrics."""
+    """What a commit did, for the metrics. Messages written before, read again, count as nothing."""
 
     billed: int
     quarantined: Counter[str]  # by reason
@@ -69,6 +69,8 @@ def commit(connection: "Connection[Any]", batch: Batch, lines: Lines, topics: To
     6. Quarantine the rest with its bytes: already billed, period closed, undecodable, already receipted.
     7. Commit.
 
+    Positions may have been set back by hand: a message that is written already changes nothing.
+
     Raises PositionTaken when another sink moved a position first, psycopg.Error when Postgres fails; either way
     nothing is written and ``lines`` is forgotten.
     """
@@ -86,29 +88,28 @@ def commit(connection: "Connection[Any]", batch: Batch, lines: Lines, topics: To
             _stage(connection, rows)
             reached(Step.ROWS_STAGED)
             # Step 4.
-            conflicts = _bill(connection, rows)
+            billed, conflicts = _bill(connection, rows)
             reached(Step.ROWS_BILLED)
             # Step 5.
             repeated = write_receipts(connection, batch.receipts)
             write_sequences(connection, batch.receipts)
-            write_letters(connection, batch.letters)
-            write_resolutions(connection, batch.resolutions)
+            write_unrated(connection, batch.letters, batch.resolutions)
             reached(Step.EVENTS_ACCOUNTED)
             # Step 6.
-            quarantined = [
+            refused = [
                 *(_refused_row("already_billed", message, topics) for message in conflicts),
-                *(_refused_row("period_closed", message, topics) for message in closed),
+                *(_refused_row("period_closed", message, topics) for message in _unbilled(connection, closed)),
                 *(_refused("already_receipted", topics.receipts, receipt) for receipt in repeated),
                 *(_refused("undecodable", poison.topic, poison) for poison in batch.poison),
             ]
-            _quarantine(connection, quarantined)
+            quarantined = _quarantine(connection, refused)
             reached(Step.REST_QUARANTINED)
             # Step 7.
         reached(Step.COMMITTED)
     except (Error, PositionTaken):
         lines.forget()
         raise
-    return Written(len(rows) - len(conflicts), Counter(reason for reason, *_ in quarantined))
+    return Written(billed, quarantined)
 
 
 # -- positions
@@ -251,19 +252,46 @@ WHERE billed.identity IS NULL
 """
 
 
-def _bill(connection: "Connection[Any]", rows: list[_OpenRow]) -> list[RatedMessage]:
-    """Insert the staged rows and add them to their lines; return those that were billed before."""
+def _bill(connection: "Connection[Any]", rows: list[_OpenRow]) -> tuple[int, list[RatedMessage]]:
+    """Insert the staged rows and add them to their lines; return how many, and those another message had billed."""
     if not rows:
-        return []
+        return 0, []
     # Planned anew each time: a plan kept from when the lines were few would scan them all.
     inserted = connection.execute(_BILL, prepare=False).fetchone()
+    assert inserted is not None, "an aggregate gives one row"
     conflicts: list[RatedMessage] = []
     if inserted != (len(rows),):
         places = set(connection.execute(_CONFLICTS, prepare=False).fetchall())
         conflicts = [message for message, _ in rows if (message.partition, message.offset) in places]
         rows = [pair for pair in rows if (pair[0].partition, pair[0].offset) not in places]
     merge_references(connection, ((line, message.row) for message, line in rows if line.references))
-    return conflicts
+    return inserted[0], conflicts
+
+
+_BILLED_FROM = """
+SELECT rated_partition, rated_offset
+FROM unnest(%s::date[], %s::uuid[], %s::text[], %s::text[], %s::integer[], %s::integer[], %s::bigint[])
+    AS message (event_month, identity, charge, cell, entry, rated_partition, rated_offset)
+JOIN billing.rated_usage USING (event_month, identity, charge, cell, entry, rated_partition, rated_offset)
+"""
+
+
+def _unbilled(connection: "Connection[Any]", closed: list[RatedMessage]) -> list[RatedMessage]:
+    """Rows of closed periods without those that were billed, from this very message, while it was open."""
+    if not closed:
+        return []
+    rows = [message.row for message in closed]
+    columns: list[list[object]] = [
+        [to_datetime(row.head.timestamp_us).date().replace(day=1) for row in rows],
+        [UUID(bytes=row.head.identity) for row in rows],
+        [row.terms.charge for row in rows],
+        [row.terms.cell for row in rows],
+        [row.entry for row in rows],
+        [message.partition for message in closed],
+        [message.offset for message in closed],
+    ]
+    billed = set(connection.execute(_BILLED_FROM, columns).fetchall())
+    return [message for message in closed if (message.partition, message.offset) not in billed]
 
 
 # -- quarantine
@@ -271,7 +299,11 @@ def _bill(connection: "Connection[Any]", rows: list[_OpenRow]) -> list[RatedMess
 _QUARANTINE = """
 INSERT INTO billing.quarantine (
     reason, rated_topic, rated_partition, rated_offset, account, identity, charge, value
-) VALUES (%s, %s, %s, %s, %s, %s, %s, %b)
+)
+SELECT * FROM unnest(
+    %s::text[], %s::text[], %s::integer[], %s::bigint[], %s::text[], %s::uuid[], %s::text[], %s::bytea[]
+)
+ON CONFLICT DO NOTHING RETURNING reason
 """
 _Refused: TypeAlias = tuple[str, str, int, int, str | None, UUID | None, str | None, bytes]
 
@@ -287,7 +319,9 @@ def _refused(reason: str, topic: str, message: Poison | Receipt) -> _Refused:
     return (*place, None, None, None, message.value)
 
 
-def _quarantine(connection: "Connection[Any]", refused: list[_Refused]) -> None:
-    if refused:
-        with connection.cursor() as cursor:
-            cursor.executemany(_QUARANTINE, refused)
+def _quarantine(connection: "Connection[Any]", refused: list[_Refused]) -> Counter[str]:
+    """Put messages aside, but for those that were before; return how many by reason."""
+    if not refused:
+        return Counter()
+    columns = [list(column) for column in zip(*refused, strict=True)]
+    return Counter(reason for (reason,) in connection.execute(_QUARANTINE, columns))

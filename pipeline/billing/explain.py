@@ -5,10 +5,9 @@ Answers are plain data: quantities and amounts exact decimals, times aware, UTC.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from decimal import Decimal
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -18,9 +17,9 @@ from psycopg.rows import dict_row
 from xxhash import xxh3_128_digest
 
 from pipeline.billing.intake import PlainReader
+from pipeline.billing.prices import NoPrice, Prices
 from pipeline.billing.rated import Malformed
-from pipeline.core.charges import Charge, Share, compile_price, tier_shares
-from pipeline.core.documents import Entry, from_document
+from pipeline.core.charges import Share, compile_price, tier_shares
 from pipeline.core.money import (
     AMOUNT_DECIMALS,
     QUANTITY_DECIMALS,
@@ -28,8 +27,7 @@ from pipeline.core.money import (
     quantity_decimal,
     scaled,
 )
-from pipeline.core.periods import to_datetime, to_micros
-from pipeline.core.plans import Plan
+from pipeline.core.periods import to_datetime
 from pipeline.infra import wire
 from pipeline.infra.avro import EVENTS, load_schemas
 from pipeline.infra.kafka import passes
@@ -143,14 +141,14 @@ class _Finder:
         rows: list[Explanation],
         unrated: list[Explanation],
     ) -> Explanation:
-        charges = _Charges(self.connection)
+        prices = Prices(self.connection)
         return {
             "kind": "event",
             "account": account,
             "idempotency_key": key,
             **arrival,
             "rows": [
-                {**_priced_row(row, charges), "origin": self._origin(row["origin_partition"], row["origin_offset"])}
+                {**_priced_row(row, prices), "origin": self._origin(row["origin_partition"], row["origin_offset"])}
                 for row in rows
             ],
             "unrated": [
@@ -297,29 +295,7 @@ def _quarantined(connection: "Connection[Any]", account: str, key: str) -> list[
 # -- arithmetic
 
 
-class _Charges:
-    """Charges by plan, version and id, read once each."""
-
-    def __init__(self, connection: "Connection[Any]") -> None:
-        self._connection = connection
-        self._plans: dict[tuple[str, int], Plan | None] = {}
-
-    def find(self, plan: str, version: int, charge: str) -> Charge | None:
-        """None for a plan version that is not in the catalog."""
-        if (plan, version) not in self._plans:
-            row = self._connection.execute(
-                """SELECT valid_from, document FROM billing.catalog_version
-                WHERE kind = 'plan' AND id = %s AND version = %s""",
-                [plan, version],
-            ).fetchone()
-            item = None if row is None else from_document(Entry("plan", plan, version, to_micros(row[0]), row[1]))
-            self._plans[plan, version] = item if isinstance(item, Plan) else None
-        found = self._plans[plan, version]
-        return None if found is None else next((one for one in found.charges if one.id == charge), None)
-
-
-def _priced_row(row: Explanation, charges: _Charges) -> Explanation:
-    charge = charges.find(row["plan"], row["plan_version"], row["charge"])
+def _priced_row(row: Explanation, prices: Prices) -> Explanation:
     names = (
         "charge cell entry kind contract plan plan_version price_version meter meter_version quantity quantity_before "
         "quantity_after currency period_start period_end segment_start late catalog_offset rated_partition rated_offset"
@@ -327,14 +303,18 @@ def _priced_row(row: Explanation, charges: _Charges) -> Explanation:
     return {
         **{name: row[name] for name in names.split()},
         "amount": row["exact_amount"],
-        "arithmetic": None if charge is None else _difference(charge, row),
+        "arithmetic": _difference(prices, row),
         "line": f"line:{row['line_id']}",
         "invoice": f"invoice:{row['invoice_id']}",
     }
 
 
-def _difference(charge: Charge, row: Mapping[str, Any]) -> Explanation:
-    """The event's amount as price(after) - price(before), part by part."""
+def _difference(prices: Prices, row: Explanation) -> Explanation | None:
+    """The event's amount as price(after) - price(before), part by part; None where the catalog has no price."""
+    try:
+        charge = prices.charge(row["plan"], row["plan_version"], row["charge"])
+    except NoPrice:
+        return None
     before, after = (scaled(row[name], QUANTITY_DECIMALS) for name in ("quantity_before", "quantity_after"))
     amount = scaled(row["exact_amount"], AMOUNT_DECIMALS)
     price = compile_price(charge)
@@ -382,7 +362,6 @@ def _line(connection: "Connection[Any]", line_id: int) -> Explanation | None:
     line = _row(connection, "SELECT * FROM finance.invoice_lines WHERE line_id = %s", [line_id])
     if line is None:
         return None
-    charge = _Charges(connection).find(line["plan"], line["plan_version"], line["charge"])
     events = _rows(
         connection,
         """SELECT idempotency_key, event_time, quantity, quantity_before, quantity_after, exact_amount AS amount, origin
@@ -393,20 +372,49 @@ def _line(connection: "Connection[Any]", line_id: int) -> Explanation | None:
         "kind": "line",
         **line,
         "invoice": f"invoice:{line['invoice_id']}",
-        "arithmetic": None if charge is None else _total(charge, line["quantity"], line["exact_amount"]),
+        "arithmetic": _counter(connection, line),
         "first_events": [event | {"event": f"{line['account']}/{event['idempotency_key']}"} for event in events],
     }
 
 
-def _total(charge: Charge, quantity: Decimal, amount: Decimal) -> Explanation:
-    """The line's amount as the price of its whole quantity."""
-    shares = tier_shares(charge, scaled(quantity, QUANTITY_DECIMALS))
+def _counter(connection: "Connection[Any]", line: Explanation) -> Explanation | None:
+    """The amount of the line's counter as the price of its whole quantity; None where the catalog has no price.
+
+    A counter has a line for each version of its meter, and its running quantity goes through all of them: only together
+    they cost what the quantity costs.
+    """
+    lines = _rows(
+        connection,
+        """SELECT line_id, plan_version, meter_version, quantity, exact_amount FROM finance.invoice_lines
+        WHERE account = %(account)s AND contract = %(contract)s AND charge = %(charge)s AND cell = %(cell)s
+            AND segment_start = %(segment_start)s AND plan = %(plan)s
+        ORDER BY first_event_at, line_id""",
+        line,
+    )
+    try:
+        charge = Prices(connection).charge(line["plan"], max(one["plan_version"] for one in lines), line["charge"])
+    except NoPrice:
+        return None
+    quantity = sum(scaled(one["quantity"], QUANTITY_DECIMALS) for one in lines)
+    amount = sum(scaled(one["exact_amount"], AMOUNT_DECIMALS) for one in lines)
+    shares = tier_shares(charge, quantity)
     cost = sum(share.amount for share in shares)
     return {
         "model": charge.model,
+        "lines": [
+            {
+                "line": f"line:{one['line_id']}",
+                "meter_version": one["meter_version"],
+                "quantity": one["quantity"],
+                "amount": one["exact_amount"],
+            }
+            for one in lines
+        ],
+        "quantity": quantity_decimal(quantity),
+        "amount": amount_decimal(amount),
         "parts": _parts(shares),
         "cost": amount_decimal(cost),
-        "proved": cost == scaled(amount, AMOUNT_DECIMALS),
+        "proved": cost == amount,
     }
 
 
@@ -435,7 +443,9 @@ def _invoice(connection: "Connection[Any]", invoice_id: int) -> Explanation | No
     }
 
 
-def _rows(connection: "Connection[Any]", statement: str, parameters: list[Any]) -> list[Explanation]:
+def _rows(
+    connection: "Connection[Any]", statement: str, parameters: Sequence[Any] | Mapping[str, Any]
+) -> list[Explanation]:
     with connection.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(statement, parameters).fetchall()
 

@@ -90,9 +90,10 @@ def _invoice_key(key: LineKey) -> InvoiceKey:
     return account, terms.currency, terms.period_start_us, terms.period_end_us
 
 
-def _line_order(key: LineKey) -> tuple[str, int, str, str]:
+def _line_order(key: LineKey) -> tuple[str, str, int, str, str, int, int]:
     account, terms = key
-    return account, terms.segment_start_us, terms.charge, terms.cell
+    counter = account, terms.contract, terms.segment_start_us, terms.charge, terms.cell
+    return *counter, terms.plan_version, terms.meter_version
 
 
 # Sorted, so that two sinks that create the same invoices wait for each other in one order.

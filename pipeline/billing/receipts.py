@@ -22,15 +22,33 @@ class Receipt(NamedTuple):
     committed_at: datetime
 
 
-_INSERT = """
-INSERT INTO billing.receipt (
-    topic, partition, first_offset, next_offset, catalog_offset, records, rated, duplicates, parked, dead_lettered,
-    rated_rows, latest_event_at, worker, generation, committed_at
-) VALUES (
-    %(topic)s, %(partition)s, %(first_offset)s, %(next_offset)s, %(catalog_offset)s, %(records)s, %(rated)s,
-    %(duplicates)s, %(parked)s, %(dead_lettered)s, %(rated_rows)s, %(latest_event_at)s, %(worker)s, %(generation)s,
-    %(committed_at)s
-) ON CONFLICT DO NOTHING RETURNING first_offset
+_KEY = ("topic", "partition", "first_offset")
+_REST = (
+    "next_offset",
+    "catalog_offset",
+    "records",
+    "rated",
+    "duplicates",
+    "parked",
+    "dead_lettered",
+    "rated_rows",
+    "latest_event_at",
+    "worker",
+    "generation",
+    "committed_at",
+)
+_INSERT = f"""
+INSERT INTO billing.receipt ({", ".join((*_KEY, *_REST))})
+VALUES ({", ".join(f"%({name})s" for name in (*_KEY, *_REST))})
+ON CONFLICT DO NOTHING RETURNING first_offset
+"""
+# The very message, read again after a position was set back: no second transaction of that worker and generation could
+# begin at the same offset in the same millisecond.
+
+_SAME = f"""
+SELECT 1 FROM billing.receipt
+WHERE {" AND ".join(f"{name} = %({name})s" for name in _KEY)}
+    AND {" AND ".join(f"{name} IS NOT DISTINCT FROM %({name})s" for name in _REST)}
 """
 
 # Sources spread over all partitions, so two sinks write the same blocks: always in key order.
@@ -41,12 +59,15 @@ ON CONFLICT (source, block) DO UPDATE SET bits = stored.bits | EXCLUDED.bits, up
 
 
 def write_receipts(connection: "Connection[Any]", receipts: Iterable[Receipt]) -> list[Receipt]:
-    """Insert receipts; return those whose first offset another receipt had already covered, which are left out."""
+    """Insert receipts; return those whose first offset another receipt had already covered, which are left out.
+
+    A message that is written already, and read again because a position was set back, is no other receipt.
+    """
     repeated = []
     with connection.cursor() as cursor:
         for receipt in receipts:
-            cursor.execute(_INSERT, receipt.record | {"committed_at": receipt.committed_at})
-            if cursor.fetchone() is None:
+            values = receipt.record | {"committed_at": receipt.committed_at}
+            if cursor.execute(_INSERT, values).fetchone() is None and cursor.execute(_SAME, values).fetchone() is None:
                 repeated.append(receipt)
     return repeated
 

@@ -1,35 +1,45 @@
 """Law 8, closed accounting: every event that arrived is in exactly one state, and every rated row is in the money.
 
-Left sides come from the broker and from the rater's receipts, right sides from what stands in PostgreSQL. What has
-arrived but was not rated yet, or was rated but not written yet, is lag and no difference.
+Each check holds two numbers from different hands against each other:
+
+- what arrived on ``usage.events`` and how far the logs reach is the broker's word (``pipeline.billing.broker``);
+- what became of it are the rater's receipts and letters, as the sink wrote them;
+- what was billed are the rows and lines in PostgreSQL;
+- what it should cost and by which version are the published prices in PostgreSQL.
+
+Arrivals are counted up to where the receipts reach. What stands beyond was not rated yet, and what was rated but not
+written yet is not billed: that is lag and no difference.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any
 
 import psycopg
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
 from psycopg import Connection
 
+from pipeline.billing.broker import Log, Run, count_records, logs
 from pipeline.billing.intake import Place
+from pipeline.billing.prices import NoPrice, Prices
 from pipeline.billing.receipts import SEQUENCE_BLOCK
-from pipeline.infra.kafka import passes
+from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decimal, plain, scaled
+from pipeline.core.periods import format_instant, to_micros
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
-from pipeline.infra.topics import TopicMismatch, Topics
+from pipeline.infra.topics import Topics
 
 #: Places named in a detail before "and n more".
 _NAMED_MAX = 5
-#: Longest wait for one answer of the broker, seconds.
-_BROKER_ANSWER_S = 15.0
+#: Offsets of transactional producers that are read to count their records, the newest; some 10 seconds.
+COUNTED_MAX = 1_000_000
 #: Sums of amounts have more digits than the default context keeps.
 _EXACT = Context(prec=200, traps=[Inexact, InvalidOperation])
 #: Time between two looks while waiting for lag to go, seconds.
 _LOOK_EVERY_S = 0.5
+#: Counters fetched from the server at a time.
+_FETCH_COUNTERS = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,46 +95,87 @@ def reconcile(settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0) 
         with connect(settings.dsn, application="reconcile") as connection:
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ  # one moment for all statements
             connection.read_only = True
-            lags = _lags(settings, connection)
+            found = _logs(settings, connection)
+            lags = _lags(Topics(settings.topic_prefix), found)
             if not any(lag.offsets for lag in lags) or time.monotonic() >= until:
-                return Reconciliation(tuple(_checks(connection, Topics(settings.topic_prefix), grace_s)), lags)
+                return Reconciliation(tuple(_checks(settings, connection, found, grace_s)), lags)
         time.sleep(_LOOK_EVERY_S)
 
 
-def _checks(connection: "Connection[Any]", topics: Topics, grace_s: float) -> Iterable[Check]:
-    yield _arrivals(connection, topics)
-    yield _coverage(connection, topics.events)
-    yield _coverage(connection, topics.retry)
+def _checks(
+    settings: Settings, connection: "Connection[Any]", found: Mapping[Place, Log], grace_s: float
+) -> Iterable[Check]:
+    topics = Topics(settings.topic_prefix)
+    yield _arrivals(settings, connection, found)
+    yield _coverage(connection, topics.events, found)
+    yield _coverage(connection, topics.retry, found)
     yield _outcomes(connection)
     yield _resolved(connection, topics)
     yield _rows(connection, topics)
+    yield _quarantined(connection)
     yield _lines(connection)
     yield from _amounts(connection)
+    yield _counters(connection)
+    yield _versions(connection)
     yield _sequences(connection, grace_s)
 
 
-# -- checks
+# -- events
 
-_ARRIVALS = """
-WITH ends AS (
-    SELECT max(next_offset) AS covered, sum(next_offset - first_offset - records) AS markers,
-        sum(rated) AS rated, sum(duplicates) AS duplicates
-    FROM billing.receipt WHERE topic = %(topic)s GROUP BY partition
-), states AS (
-    SELECT count(*) FILTER (WHERE state = 'rated') AS rated, count(*) FILTER (WHERE state = 'duplicate') AS duplicates,
-        count(*) FILTER (WHERE state = 'parked') AS parked, count(*) FILTER (WHERE state = 'dead_lettered') AS dead
-    FROM billing.unrated_event WHERE origin_topic = %(topic)s
-)
-SELECT coalesce(sum(covered - markers), 0), coalesce(sum(ends.rated), 0) + states.rated,
-    coalesce(sum(ends.duplicates), 0) + states.duplicates, states.parked, states.dead
-FROM states LEFT JOIN ends ON true GROUP BY states.rated, states.duplicates, states.parked, states.dead
+_REACHED = "SELECT partition, max(next_offset) FROM billing.receipt WHERE topic = %s GROUP BY partition"
+_STATES = """
+WITH events AS (SELECT state FROM billing.unrated_event WHERE origin_topic = %(topic)s)
+SELECT coalesce(sum(rated), 0) + (SELECT count(*) FROM events WHERE state = 'rated'),
+    coalesce(sum(duplicates), 0) + (SELECT count(*) FROM events WHERE state = 'duplicate'),
+    (SELECT count(*) FROM events WHERE state = 'parked'),
+    (SELECT count(*) FROM events WHERE state = 'dead_lettered')
+FROM billing.receipt WHERE topic = %(topic)s
+"""
+# Receipts that tell of fewer records than offsets: a transactional producer was at work, or they are wrong.
+_UNEVEN = """
+SELECT partition, first_offset, next_offset, records FROM billing.receipt
+WHERE topic = %s AND records <> next_offset - first_offset ORDER BY committed_at DESC, partition, first_offset DESC
 """
 
 
-def _arrivals(connection: "Connection[Any]", topics: Topics) -> Check:
-    arrived, rated, duplicates, parked, dead = _one(connection, _ARRIVALS, {"topic": topics.events})
-    detail = f"rated {rated:,} + duplicates {duplicates:,} + parked {parked:,} + dead-lettered {dead:,}"
-    return Check("events arrived = in a state", Decimal(arrived), Decimal(rated + duplicates + parked + dead), detail)
+def _arrivals(settings: Settings, connection: "Connection[Any]", found: Mapping[Place, Log]) -> Check:
+    """Records on usage.events up to where the receipts reach, against the states of events.
+
+    The broker gives every record one offset, so offsets are records, but for what transactions leave behind: markers
+    and aborted records. Where a receipt tells of such, the broker's records are read and counted, the newest
+    ``COUNTED_MAX`` offsets of them; for older ones, and where retention has taken them, its word stands.
+    """
+    topic = Topics(settings.topic_prefix).events
+    arrived = sum(
+        min(reached, found.get((topic, partition), Log(0, 0)).end)
+        for partition, reached in connection.execute(_REACHED, [topic])
+    )
+    told: dict[Run, int] = {}
+    offsets, unchecked = 0, 0
+    for partition, first, following, records in connection.execute(_UNEVEN, [topic]):
+        log = found.get((topic, partition), Log(0, 0))
+        if log.start <= first and following <= log.end and offsets + following - first <= COUNTED_MAX:
+            told[Run(partition, first, following)] = records
+            offsets += following - first
+        else:
+            unchecked += records
+            arrived -= following - first - records
+    places = []
+    for run, counted in count_records(settings, topic, told).items():
+        arrived -= run.following - run.first - counted
+        if counted != told[run]:
+            place = f"partition {run.partition} offsets {run.first} to {run.following - 1}"
+            places.append(f"{place} hold {counted} records, their receipt says {told[run]}")
+    rated, duplicates, parked, dead = _one(connection, _STATES, {"topic": topic})
+    detail = [f"rated {rated:,} + duplicates {duplicates:,} + parked {parked:,} + dead-lettered {dead:,}"]
+    if offsets:
+        detail.append(f"{offsets:,} offsets of transactions counted at the broker")
+    if unchecked:
+        detail.append(f"{unchecked:,} records in transactions by receipts alone")
+    if places:
+        detail.append(_list(places, ""))
+    total = rated + duplicates + parked + dead
+    return Check("events arrived = in a state", Decimal(arrived), Decimal(total), "; ".join(detail))
 
 
 # Sweep over each partition's receipts in order: how far they reach before a receipt, and whether it begins there.
@@ -138,16 +189,16 @@ WITH swept AS (
 SELECT partition, reached, first_offset, least(next_offset, reached) FROM swept
 WHERE first_offset <> reached ORDER BY partition, first_offset
 """
-_REACHED = """
-SELECT coalesce(sum(reached), 0) FROM (
-    SELECT max(next_offset) AS reached FROM billing.receipt WHERE topic = %s GROUP BY partition
-) AS ends
-"""
 
 
-def _coverage(connection: "Connection[Any]", topic: str) -> Check:
-    (reached,) = _one(connection, _REACHED, [topic])
-    wrong, places = 0, []
+def _coverage(connection: "Connection[Any]", topic: str, found: Mapping[Place, Log]) -> Check:
+    """Each offset up to where receipts reach has one receipt, and that is where the broker's log has been read to.
+
+    Past it the log holds records the rater has yet to read (lag), or nothing but markers. A log that begins later has
+    lost records nobody rated; one that ends sooner is not the log that was rated.
+    """
+    reached: dict[int, int] = dict(connection.execute(_REACHED, [topic]).fetchall())
+    offsets, wrong, places = sum(reached.values()), 0, []
     for partition, before, first, overlap_end in connection.execute(_GAPS, [topic]):
         if first > before:
             wrong += first - before
@@ -155,8 +206,20 @@ def _coverage(connection: "Connection[Any]", topic: str) -> Check:
         else:
             wrong += overlap_end - first
             places.append(f"two receipts for partition {partition} offsets {first} to {overlap_end - 1}")
+    partitions = reached.keys() | {partition for name, partition in found if name == topic}
+    for partition in sorted(partitions):
+        end, log = reached.get(partition, 0), found.get((topic, partition), Log(0, 0))
+        if log.start > end:
+            offsets += log.start - end
+            wrong += log.start - end
+            places.append(f"partition {partition} offsets {end} to {log.start - 1} were deleted before they were rated")
+        if log.end < end:
+            wrong += end - log.end
+            places.append(
+                f"partition {partition} ends at {log.end}, but was rated up to {end}: it was recreated or lost its tail"
+            )
     return Check(
-        f"offsets of {topic} = with one receipt", Decimal(reached), Decimal(reached - wrong), _list(places, "all")
+        f"offsets of {topic} = with one receipt", Decimal(offsets), Decimal(offsets - wrong), _list(places, "all")
     )
 
 
@@ -207,6 +270,27 @@ def _rows(connection: "Connection[Any]", topics: Topics) -> Check:
     )
 
 
+_QUARANTINED = "SELECT reason, count(*) FROM billing.quarantine GROUP BY reason ORDER BY reason"
+_QUARANTINED_AT = f"""
+SELECT rated_topic || '/' || rated_partition || '/' || rated_offset FROM billing.quarantine
+ORDER BY id LIMIT {_NAMED_MAX}
+"""
+
+
+def _quarantined(connection: "Connection[Any]") -> Check:
+    """What the sink put aside is kept and counted, but not billed: somebody must look, so none is what is right."""
+    reasons = dict(connection.execute(_QUARANTINED).fetchall())
+    count = sum(reasons.values())
+    detail = "none"
+    if count:
+        places = [place for (place,) in connection.execute(_QUARANTINED_AT)]
+        counts = ", ".join(f"{reason} {messages:,}" for reason, messages in reasons.items())
+        detail = f"{counts}: {_list(places, '', ', ', count)}"
+    return Check("messages quarantined = none", Decimal(count), Decimal(0), detail)
+
+
+# -- money
+
 _SUMS = """
 SELECT line_id, sum(amount) AS amount, sum(quantity) AS quantity FROM billing.rated_usage GROUP BY line_id
 """
@@ -242,6 +326,108 @@ def _amounts(connection: "Connection[Any]") -> Iterable[Check]:
     for currency, rows, lines in connection.execute(_AMOUNTS):
         yield Check(f"{currency} of rows = {currency} of lines", rows, lines, "exact, unrounded")
 
+
+# A counter's lines: one per version of its meter, as a rule one.
+_COUNTERS = """
+SELECT invoice.account, line.contract, line.charge, line.cell, line.segment_start, line.plan, max(line.plan_version),
+    sum(line.quantity), sum(line.amount), array_agg(line.id ORDER BY line.id)
+FROM billing.invoice_line AS line JOIN billing.invoice ON invoice.id = line.invoice_id
+WHERE line.first_event_at IS NOT NULL
+GROUP BY invoice.account, line.contract, line.charge, line.cell, line.segment_start, line.plan
+ORDER BY min(line.id)
+"""
+
+
+def _counters(connection: "Connection[Any]") -> Check:
+    """Amounts are differences of running prices (law 3); over all lines of a counter they add up to price(quantity)."""
+    prices = Prices(connection)
+    counters, wrong = 0, 0
+    places: list[str] = []
+    with connection.cursor("counters") as cursor:  # on the server: there may be millions
+        cursor.itersize = _FETCH_COUNTERS
+        cursor.execute(_COUNTERS)
+        for account, contract, charge, cell, start, plan, version, quantity, amount, lines in cursor:
+            counters += 1
+            try:
+                cost = prices.price(plan, version, charge)(scaled(quantity, QUANTITY_DECIMALS))
+                if cost == scaled(amount, AMOUNT_DECIMALS):
+                    continue
+                problem = f"whose price is {plain(amount_decimal(cost))}"
+            except NoPrice as error:
+                problem = str(error)
+            wrong += 1
+            if len(places) < _NAMED_MAX:
+                counter = "/".join((account, contract, charge, *([cell] if cell else [])))
+                on = ", ".join(f"line:{line}" for line in lines)
+                places.append(
+                    f"{counter} from {format_instant(to_micros(start))} ({on}) holds {plain(amount)} "
+                    f"for {plain(quantity)}, {problem}"
+                )
+    return Check(
+        "counters = with the price of their quantity",
+        Decimal(counters),
+        Decimal(counters - wrong),
+        _list(places, "all", count=wrong),
+    )
+
+
+# Of two versions valid from the same time the newer counts, as in pipeline.core.catalog. The running quantity of a
+# charge starts anew with each plan version, so a line may not count from before its own.
+_WRONG_VERSIONS = """
+WITH counting AS (
+    SELECT DISTINCT ON (kind, id, valid_from) kind, id, version, valid_from FROM billing.catalog_version
+    WHERE kind IN ('plan', 'meter') ORDER BY kind, id, valid_from, version DESC
+), valid AS (
+    SELECT *, lead(valid_from) OVER (PARTITION BY kind, id ORDER BY valid_from) AS valid_until FROM counting
+)
+SELECT line.id, used.kind, used.id, used.version, valid.valid_from, valid.valid_until, used.counted_from
+FROM billing.invoice_line AS line
+CROSS JOIN LATERAL (VALUES
+    ('plan'::billing.catalog_kind, line.plan, line.plan_version, line.segment_start),
+    ('meter'::billing.catalog_kind, line.meter, line.meter_version, line.first_event_at)
+) AS used (kind, id, version, counted_from)
+LEFT JOIN valid ON (valid.kind, valid.id, valid.version) = (used.kind, used.id, used.version)
+WHERE line.first_event_at IS NOT NULL AND (
+    valid.version IS NULL OR least(line.first_event_at, used.counted_from) < valid.valid_from
+    OR line.last_event_at >= valid.valid_until
+)
+ORDER BY line.id, used.kind
+"""
+_WRONG_ROWS = """
+SELECT count(*), min(event_time) FROM billing.rated_usage
+WHERE line_id = %(line)s AND (
+    %(valid_from)s::timestamptz IS NULL OR event_time < %(valid_from)s OR event_time >= %(valid_until)s
+)
+"""
+_VALID_AT = """
+SELECT version FROM billing.catalog_version WHERE kind = %s AND id = %s AND valid_from <= %s
+ORDER BY valid_from DESC, version DESC LIMIT 1
+"""
+
+
+def _versions(connection: "Connection[Any]") -> Check:
+    """Each line's plan and meter version is the one valid, as published, at all its events' times (law 4)."""
+    (lines,) = _one(connection, "SELECT count(*) FROM billing.invoice_line")
+    wrong: set[int] = set()
+    findings = 0
+    places: list[str] = []
+    for line, kind, name, version, valid_from, valid_until, counted_from in connection.execute(_WRONG_VERSIONS):
+        wrong.add(line)
+        findings += 1
+        if findings > _NAMED_MAX:
+            continue  # looked up only where it will be named
+        bounds = {"line": line, "valid_from": valid_from, "valid_until": valid_until}
+        rows, since = _one(connection, _WRONG_ROWS, bounds)
+        at = counted_from if since is None else since
+        valid = connection.execute(_VALID_AT, [kind, name, at]).fetchone()
+        rather = f"version {valid[0]} is valid" if valid else "none is valid"
+        what = f"{rows:,} rows of line:{line} from" if rows else f"line:{line} counts from"
+        places.append(f"{what} {format_instant(to_micros(at))} by {kind} {name} version {version}, where {rather}")
+    detail = _list(places, "all", count=findings)
+    return Check("lines = by the versions valid at their events", Decimal(lines), Decimal(lines - len(wrong)), detail)
+
+
+# -- sequence numbers
 
 # Per source: how many numbers from 1 up to the highest seen, and how many of these arrived; blocks from the first one
 # that changed lately are left out.
@@ -311,97 +497,37 @@ def _one(connection: "Connection[Any]", statement: str, parameters: Any = None) 
     return tuple(row)
 
 
-def _list(places: list[str], none: str, separator: str = "; ") -> str:
+def _list(places: list[str], none: str, separator: str = "; ", count: int | None = None) -> str:
+    """The first places by name, and how many more there are of ``count`` in all, as many as given unless said."""
     if not places:
         return none
-    more = f" and {len(places) - _NAMED_MAX:,} more" if len(places) > _NAMED_MAX else ""
-    return separator.join(places[:_NAMED_MAX]) + more
+    more = (len(places) if count is None else count) - _NAMED_MAX
+    return separator.join(places[:_NAMED_MAX]) + (f" and {more:,} more" if more > 0 else "")
 
 
 # -- lag
 
 
-def _lags(settings: Settings, connection: "Connection[Any]") -> tuple[Lag, ...]:
-    """How far the rater is behind on arrivals, by receipts, and the sink on all it reads, by positions.
+def _logs(settings: Settings, connection: "Connection[Any]") -> dict[Place, Log]:
+    """The logs, seen from where the rater is on arrivals, by receipts, and the sink on all it reads, by positions."""
+    topics = Topics(settings.topic_prefix)
+    written = connection.execute("SELECT topic, partition, next_offset FROM billing.sink_position")
+    positions: dict[Place, int] = {(topic, partition): offset for topic, partition, offset in written}
+    for partition, reached in connection.execute(_REACHED, [topics.events]):
+        positions[topics.events, partition] = reached
+    return logs(settings, (topics.events, *_read_by_sink(topics)), positions)
+
+
+def _read_by_sink(topics: Topics) -> tuple[str, ...]:
+    return topics.rated, topics.receipts, topics.retry, topics.dead_letter
+
+
+def _lags(topics: Topics, found: Mapping[Place, Log]) -> tuple[Lag, ...]:
+    """How far the rater is behind on arrivals and the sink on all it reads.
 
     What waits on the retry topic for its time is parked, a state of its own, and no lag of the rater.
     """
-    topics = Topics(settings.topic_prefix)
-    covered = (
-        "SELECT topic, partition, max(next_offset) FROM billing.receipt WHERE topic = %s GROUP BY topic, partition"
-    )
-    written = "SELECT topic, partition, next_offset FROM billing.sink_position"
-    positions: dict[Place, int] = {
-        (topic, partition): offset
-        for topic, partition, offset in (
-            *connection.execute(covered, [topics.events]),
-            *connection.execute(written),
-        )
-    }
-    read = (topics.rated, topics.receipts, topics.retry, topics.dead_letter)
-    left = dict.fromkeys((topics.events, *read), 0)
-    for (topic, _), offsets in _offsets_left(settings, tuple(left), positions).items():
-        left[topic] += offsets
-    return tuple(Lag(topic, "sink" if topic in read else "rater", offsets) for topic, offsets in left.items())
-
-
-def _offsets_left(settings: Settings, topics: tuple[str, ...], positions: dict[Place, int]) -> dict[Place, int]:
-    """Offsets from the positions to the ends of the logs, where a committed record is left; markers are no lag."""
-    ends = {place: end for place, end in _ends_once_known(settings, topics).items() if end > positions.get(place, 0)}
-    if not ends:
-        return {}
-    consumer = Consumer(
-        settings.kafka
-        | {
-            "group.id": settings.topic_prefix + "reconcile",  # required by the library, never joined
-            "isolation.level": "read_committed",
-            "enable.auto.commit": False,
-            "enable.partition.eof": True,
-            "auto.offset.reset": "earliest",  # where retention has taken what was read
-            "fetch.wait.max.ms": 10,  # most partitions hold nothing more: hear of it at once
-        }
-    )
-    left: dict[Place, int] = {}
-    until = time.monotonic() + _BROKER_ANSWER_S
-    try:
-        consumer.assign([TopicPartition(*place, positions.get(place, 0)) for place in ends])
-        while len(left) < len(ends):
-            message = consumer.poll(max(until - time.monotonic(), 0.0))
-            if message is None:
-                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer about {sorted(ends.keys() - left)}"))
-            place = (str(message.topic()), int(message.partition() or 0))
-            if (error := message.error()) is None:
-                left.setdefault(place, ends[place] - positions.get(place, 0))
-            elif error.code() == KafkaError._PARTITION_EOF:
-                left.setdefault(place, 0)
-            elif not passes(error):
-                raise KafkaException(error)
-    finally:
-        consumer.close()
-    return left
-
-
-def _ends(settings: Settings, topics: tuple[str, ...]) -> dict[Place, int]:
-    """Ends of all partitions of the topics, as a reader of committed records sees them."""
-    admin = AdminClient(settings.kafka)
-    known = admin.list_topics(timeout=_BROKER_ANSWER_S).topics
-    if missing := [topic for topic in topics if topic not in known]:
-        raise TopicMismatch(f"topics {', '.join(missing)} do not exist: run `tally up`")
-    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-    asked = admin.list_offsets(
-        {TopicPartition(topic, partition): latest for topic in topics for partition in known[topic].partitions},
-        isolation_level=IsolationLevel.READ_COMMITTED,
-    )
-    return {(p.topic, p.partition): future.result(_BROKER_ANSWER_S).offset for p, future in asked.items()}
-
-
-def _ends_once_known(settings: Settings, topics: tuple[str, ...]) -> dict[Place, int]:
-    """``_ends``, asked again while a partition is between two leaders, as it is right after it was created."""
-    until = time.monotonic() + _BROKER_ANSWER_S
-    while True:
-        try:
-            return _ends(settings, topics)
-        except KafkaException as error:
-            if not passes(error.args[0]) or time.monotonic() >= until:
-                raise
-            time.sleep(_LOOK_EVERY_S)
+    left = dict.fromkeys((topics.events, *_read_by_sink(topics)), 0)
+    for (topic, _), log in found.items():
+        left[topic] += log.left
+    return tuple(Lag(topic, "rater" if topic == topics.events else "sink", offsets) for topic, offsets in left.items())

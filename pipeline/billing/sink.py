@@ -73,9 +73,11 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached | None = 
         except PositionTaken as error:
             log.warning("position taken", problem=str(error), then="rejoins and reads on from the stored positions")
         except OperationalError as error:
-            if not _postgres_absent(error):
+            if _rolled_back(error):
+                log.warning("rolled back", problem=str(error).strip(), then="rejoins and writes the batch again")
+            elif not _postgres_absent(error):
                 raise
-            if not postgres_away:
+            elif not postgres_away:
                 postgres_away = True
                 log.warning("away", service="PostgreSQL", problem=str(error).strip(), then="waits and comes back")
         except KafkaException as error:
@@ -325,9 +327,15 @@ def _insert_position(connection: "Connection[Any]", place: Place, beginning: int
 
 
 #: SQLSTATE classes of a server that is away, overloaded or was interrupted, none of them the statement's fault:
-#: connection, rollback (deadlock, serialization), resources, lock not available, operator, system.
-_ABSENT_STATES = ("08", "40", "53", "55", "57", "58")
+#: connection, resources, lock not available, operator, system.
+_ABSENT_STATES = ("08", "53", "55", "57", "58")
+#: SQLSTATE class of a transaction that PostgreSQL rolled back in favour of another: deadlock, serialization.
+_ROLLED_BACK_STATE = "40"
 
 
 def _postgres_absent(error: OperationalError) -> bool:
     return error.sqlstate is None or error.sqlstate.startswith(_ABSENT_STATES)
+
+
+def _rolled_back(error: OperationalError) -> bool:
+    return error.sqlstate is not None and error.sqlstate.startswith(_ROLLED_BACK_STATE)

@@ -7,7 +7,8 @@ one with more replays counts, then more attempts, then dead-lettered over parked
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
 
 from psycopg import Connection
 
@@ -33,6 +34,9 @@ class Resolution(NamedTuple):
     origin_offset: int
     outcome: str
 
+
+#: Topic, partition and offset an event first arrived at.
+_Origin: TypeAlias = tuple[str, int, int]
 
 _COLUMNS = (
     "stage, reason, message, attempts, replays, parked_at, not_before, account, idempotency_key, event_type, "
@@ -60,24 +64,23 @@ WHERE stored.state <> 'rated' AND stored.state <> EXCLUDED.state
 """
 
 
-def write_letters(connection: "Connection[Any]", letters: Iterable[Letter]) -> None:
-    """Merge letters into ``billing.unrated_event``."""
-    rows = sorted((_row(letter) for letter in letters), key=_origin)
-    if rows:
-        with connection.cursor() as cursor:
-            cursor.executemany(_MERGE_LETTER, rows)
+def write_unrated(connection: "Connection[Any]", letters: Iterable[Letter], resolutions: Iterable[Resolution]) -> None:
+    """Merge letters and final outcomes into ``billing.unrated_event``; for other outcomes the letter says more.
 
-
-def write_resolutions(connection: "Connection[Any]", resolutions: Iterable[Resolution]) -> None:
-    """Merge final outcomes into ``billing.unrated_event``; for parked and dead-lettered the letter says more."""
-    final = sorted(one for one in resolutions if one.outcome in ("rated", "duplicate"))
-    if final:
-        with connection.cursor() as cursor:
-            cursor.executemany(_MERGE_RESOLUTION, final)
-
-
-def _origin(row: dict[str, Any]) -> tuple[str, int, int]:
-    return row["origin_topic"], row["origin_partition"], row["origin_offset"]
+    One pass over both, in order of origin: another sink may have news of the same events, and two that lock them in
+    different orders would wait for each other for ever.
+    """
+    changes: list[tuple[_Origin, str, Any]] = []
+    for row in map(_row, letters):
+        changes.append(((row["origin_topic"], row["origin_partition"], row["origin_offset"]), _MERGE_LETTER, row))
+    for one in resolutions:
+        if one.outcome in ("rated", "duplicate"):
+            changes.append((one[:3], _MERGE_RESOLUTION, one))
+    if changes:
+        changes.sort(key=itemgetter(0))
+        with connection.pipeline(), connection.cursor() as cursor:  # without waiting for each answer
+            for _, statement, parameters in changes:
+                cursor.execute(statement, parameters)
 
 
 def _row(letter: Letter) -> dict[str, Any]:

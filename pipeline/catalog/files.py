@@ -110,8 +110,8 @@ def overlapping(contracts: Iterable[Draft[Contract]]) -> list[tuple[Draft[Contra
 
 def overlap_finding(draft: Draft[Contract], other: Contract) -> Finding:
     return draft.where.finding(
-        f"expected contracts of an account one after another, got {draft.item.id!r} ({_span(draft.item)}) "
-        f"while {other.id!r} ({_span(other)}) runs"
+        f"expected contracts of an account one after another, got {draft.item.id!r} ({span(draft.item)}) "
+        f"while {other.id!r} ({span(other)}) runs"
     )
 
 
@@ -302,6 +302,7 @@ def _get(data: Data, key: str) -> Data:
     return data.get(key) if isinstance(data, dict) else None
 
 
-def _span(contract: Contract) -> str:
+def span(contract: Contract) -> str:
+    """A contract's time as people read it."""
     end = "" if contract.end_us is None else format_instant(contract.end_us)
     return f"{format_instant(contract.start_us)} to {end or 'open end'}"

@@ -3,7 +3,8 @@
 A document that did not change gets no new version, so publishing a file again is safe. A first version counts from the
 beginning unless its file says otherwise. A later version of a meter or plan counts from 60 seconds after publishing at
 the earliest, so that every rater knows it before the first event it prices; anything earlier is a correction, not a
-publication. Accounts and contracts count as published.
+publication. Accounts and contracts count as published; they may reach into the past (an account's first contract, a
+renewal signed late) as long as no usage is rated there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.catalog import store
-from pipeline.catalog.files import AnyDraft, Draft, Drafts, overlap_finding, overlapping
+from pipeline.catalog.files import AnyDraft, Draft, Drafts, overlap_finding, overlapping, span
 from pipeline.catalog.source import Finding, suggestion
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import Entry, Kind, canonical_json, from_document, kind_of, to_document
@@ -175,6 +176,8 @@ def _account_contradictions(connection: "Connection[Any]", drafts: Drafts, known
                         f"{contract.plan!r} from {format_instant(contract.start_us)}: end it and add another after it"
                     )
                 )
+    rated = store.rated_usage(connection, [draft.item.id for draft in drafts.accounts])
+    findings += _back_dated([draft for draft in drafts.contracts if _changes(draft, known)], known, rated, now)
     in_files = {draft.item.id for draft in drafts.contracts}
     others = [Draft(contract, drafts.accounts[0].where) for contract in published if contract.id not in in_files]
     findings += [
@@ -182,6 +185,39 @@ def _account_contradictions(connection: "Connection[Any]", drafts: Drafts, known
         for one, other in overlapping([*others, *drafts.contracts])
         if one.item.id not in in_files
     ]
+    return findings
+
+
+def _back_dated(
+    contracts: Sequence[Draft[Contract]], known: _Known, rated: Sequence[store.RatedUsage], now: Micros
+) -> list[Finding]:
+    """Contracts that would change what covers usage that is rated: it keeps its price, so that is a correction."""
+    findings = []
+    for draft in contracts:
+        contract, before, end_us = draft.item, _before(draft, known), draft.item.end_us
+        if not isinstance(before, Contract) or before.start_us > now:
+            findings += [
+                draft.where.finding(
+                    f"expected a time without rated usage, since that keeps its price, got {span(contract)} while "
+                    f"{usage.contract!r} has usage rated from {format_instant(usage.first_us)} to "
+                    f"{format_instant(usage.last_us)}: begin after it; rating usage again is not possible yet"
+                )
+                for usage in rated
+                if usage.account == contract.account
+                and contract.start_us <= usage.last_us
+                and (end_us is None or usage.first_us < end_us)
+            ]
+        elif end_us is not None and (before.end_us is None or end_us < before.end_us):
+            # Usage may be rated and not written yet, so all of the past is closed to an earlier end.
+            newest = [usage.last_us for usage in rated if usage.contract == contract.id]
+            if newest and end_us < (earliest := max(now, *(at + 1 for at in newest))):
+                findings.append(
+                    draft.where.finding(
+                        f"expected an end of {format_instant(_whole_second(earliest, timedelta()))} or later, since "
+                        f"{contract.id!r} has rated usage, which keeps its price, got {format_instant(end_us)}: "
+                        "end it later; rating usage again is not possible yet"
+                    )
+                )
     return findings
 
 
@@ -232,6 +268,12 @@ def _whole_second(now: Micros, later: timedelta) -> Micros:
 
 def _key(draft: AnyDraft) -> tuple[Kind, str]:
     return kind_of(draft.item), draft.item.id
+
+
+def _changes(draft: AnyDraft, known: _Known) -> bool:
+    """Whether a draft says anything else than its newest version."""
+    newest = known.get(_key(draft))
+    return newest is None or to_document(draft.item) != newest.document
 
 
 def _before(draft: AnyDraft, known: _Known) -> object:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg import Connection
 
 from pipeline.core.contracts import Contract
 from pipeline.core.documents import Entry, Item, Kind, from_document
+from pipeline.core.money import Micros
 from pipeline.core.periods import to_micros
 
 
@@ -21,6 +22,15 @@ class Version:
     published_at: datetime
     published_by: str
     reason: str
+
+
+class RatedUsage(NamedTuple):
+    """That events were rated under a contract, and the times of the earliest and the newest of them."""
+
+    account: str
+    contract: str
+    first_us: Micros
+    last_us: Micros
 
 
 _SELECT_NEWEST = """
@@ -49,6 +59,23 @@ def contracts_of(connection: "Connection[Any]", accounts: Iterable[str]) -> list
     """The newest version of every contract of these accounts, by id."""
     entries = [_entry(*row) for row in connection.execute(_SELECT_CONTRACTS, [list(accounts)])]
     return [item for entry in entries if isinstance(item := from_document(entry), Contract)]
+
+
+# From the lines, not the rows: a few per account and month, found by index.
+_SELECT_RATED = """
+SELECT invoice.account, line.contract, min(line.first_event_at), max(line.last_event_at)
+FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
+WHERE invoice.account = ANY(%s) AND line.last_event_at IS NOT NULL
+GROUP BY invoice.account, line.contract ORDER BY invoice.account, line.contract
+"""
+
+
+def rated_usage(connection: "Connection[Any]", accounts: Iterable[str]) -> list[RatedUsage]:
+    """Which contracts of these accounts have rated usage, as far as the sink has written it."""
+    return [
+        RatedUsage(account, contract, to_micros(first), to_micros(last))
+        for account, contract, first, last in connection.execute(_SELECT_RATED, [list(accounts)])
+    ]
 
 
 def ids(connection: "Connection[Any]", kind: Kind) -> list[str]:

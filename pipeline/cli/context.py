@@ -12,7 +12,7 @@ DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Where embedded services keep their data (default: the user's state directory)."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
 def settings_for(data_dir: Path | None = None) -> Settings:

@@ -112,7 +112,7 @@ def _rated(row: Explanation) -> Panel:
     content: list[RenderableType] = [_facts(facts)]
     arithmetic = row["arithmetic"]
     if arithmetic is None:
-        content.append(Text("The plan version is not in the catalog: no arithmetic to show."))
+        content.append(Text(_NO_PRICE))
     else:
         for side in ("before", "after"):
             quantity, cost, parts = (arithmetic[side][name] for name in ("quantity", "cost", "parts"))
@@ -161,10 +161,12 @@ def _line(found: Explanation) -> Iterable[RenderableType]:
         facts.append((f"  {name}", ", ".join(kept["values"]) + (", …" if kept["more"] else "")))
     yield _panel(f"line:{found['line_id']}", _facts(facts))
     if (arithmetic := found["arithmetic"]) is None:
-        yield Text("The plan version is not in the catalog: no arithmetic to show.")
+        yield Text(_NO_PRICE)
     else:
-        yield _parts(arithmetic["parts"], f"price of {plain(found['quantity'])}", arithmetic["cost"])
-        yield Text(_verdict(arithmetic["proved"], found["exact_amount"]))
+        if len(arithmetic["lines"]) > 1:
+            yield _counter(arithmetic)
+        yield _parts(arithmetic["parts"], f"price of {plain(arithmetic['quantity'])}", arithmetic["cost"])
+        yield Text(_verdict(arithmetic["proved"], arithmetic["amount"]))
     table = Table("first events", "happened", "quantity", "amount", "arrived at")
     for event in found["first_events"]:
         quantity, amount = plain(event["quantity"]), plain(event["amount"])
@@ -201,6 +203,8 @@ def _invoice(found: Explanation) -> Iterable[RenderableType]:
 
 # -- pieces
 
+_NO_PRICE = "The catalog has no such price: no arithmetic to show."
+
 
 def _charge(one: Explanation) -> str:
     return f"{one['charge']} [{one['cell']}]" if one["cell"] else str(one["charge"])
@@ -232,10 +236,19 @@ def _parts(parts: list[Explanation], title: str, cost: Decimal) -> Table:
     return table
 
 
+def _counter(arithmetic: Explanation) -> Table:
+    """The lines that share a running quantity, where the meter changed in the middle."""
+    title = "the meter changed: these lines count on, and are priced together"
+    table = Table("line", "meter version", title=title, title_justify="left", show_footer=True)
+    for column in ("quantity", "amount"):
+        table.add_column(column, plain(arithmetic[column]), justify="right")
+    for line in arithmetic["lines"]:
+        table.add_row(line["line"], str(line["meter_version"]), plain(line["quantity"]), plain(line["amount"]))
+    return table
+
+
 def _verdict(proved: bool, amount: Decimal) -> str:
-    if proved:
-        return "equals the stored amount"
-    return f"NOT the stored amount {plain(amount)}; for a line: a part of its counter stands on another line"
+    return "equals the stored amount" if proved else f"NOT the stored amount {plain(amount)}"
 
 
 def _facts(facts: Iterable[tuple[str, Any]]) -> Table:

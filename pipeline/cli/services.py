@@ -1,24 +1,30 @@
 """``tally up``, ``down``, ``doctor``, ``topics`` and ``migrate``: what everything else runs on."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from confluent_kafka.admin import AdminClient
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pipeline.cli.context import DataDir, Json, settings_for
-from pipeline.cli.output import EXIT_FINDINGS, emit_json, err, out
+from pipeline.cli.output import EXIT_FINDINGS, emit_json, err, fail, out
 from pipeline.infra import doctor as checks
 from pipeline.infra import embedded, processes
+from pipeline.infra.postgres import connect
 from pipeline.infra.postgres import migrate as apply_migrations
 from pipeline.infra.processes import Worker
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import ensure_topics
+
+#: Time that started workers are given to join their groups, seconds. Measured: 2–3 on two cores.
+_JOINED_S = 30.0
 
 
 def register(app: typer.Typer) -> None:
@@ -32,29 +38,33 @@ def register(app: typer.Typer) -> None:
 def up(
     data_dir: DataDir = None,
     kafka_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the embedded Kafka.")] = None,
-    raters: Annotated[int, typer.Option(min=1, help="Rater processes.")] = 1,
-    sinks: Annotated[int, typer.Option(min=1, help="Sink processes.")] = 1,
+    raters: Annotated[int | None, typer.Option(min=1, help="Rater processes (1 unless given).")] = None,
+    sinks: Annotated[int | None, typer.Option(min=1, help="Sink processes (1 unless given).")] = None,
     no_workers: Annotated[bool, typer.Option("--no-workers", help="Services only.")] = False,
     json: Json = False,
 ) -> None:
     """Start Kafka, PostgreSQL and the workers; they stay until `tally down`. Finds those that run already."""
     settings = settings_for(data_dir)
+    _refuse_other_counts(settings, raters, sinks)
     started = False
     if not (settings.kafka_bootstrap and settings.postgres_dsn):
         with starting_progress() as progress:
             _, started = embedded.start(settings.data_dir, kafka_port=kafka_port, progress=progress)
         settings = settings_for(data_dir)
     migrations = apply_migrations(settings.dsn)
+    finance_dsn = _let_finance_in(settings)
     created = ensure_topics(settings)
     running = processes.detached(settings.data_dir)
     workers_started = running is None and not no_workers
     if workers_started:
         processes.start_detached(
-            workers(settings, raters=raters, sinks=sinks),
+            workers(settings, raters=raters or 1, sinks=sinks or 1),
             settings.data_dir,
             log_dir=settings.data_dir / "logs",
             env=worker_env(settings),
         )
+        with err.status("waiting for the workers"):
+            _await_members(settings, {"rater": raters or 1, "sink": sinks or 1})
         running = processes.detached(settings.data_dir)
     if json:
         emit_json(
@@ -62,6 +72,7 @@ def up(
                 "started": started,
                 "kafka_bootstrap": settings.kafka_bootstrap,
                 "postgres_dsn": _without_password(settings.dsn),
+                "finance_dsn": finance_dsn,
                 "data_dir": str(settings.data_dir),
                 "topics_created": created,
                 "migrations_applied": migrations,
@@ -73,11 +84,43 @@ def up(
     for name, value in (
         ("Kafka", settings.kafka_bootstrap),
         ("PostgreSQL", _without_password(settings.dsn)),
+        ("finance", finance_dsn or "GRANT tally_finance TO a user of yours: it reads schema finance"),
         ("data, logs", settings.data_dir),
         ("workers", ", ".join(status.name for status in running or []) or "none"),
     ):
         out.print(f"{name:<12}{value}", markup=False, highlight=False, soft_wrap=True)
     err.print("started" if started or workers_started else "was running already", "- stop with `tally down`")
+
+
+def _refuse_other_counts(settings: Settings, raters: int | None, sinks: int | None) -> None:
+    """Workers that run are left as they are; being asked for another number of them is an error, not a wish."""
+    running = processes.detached(settings.data_dir)
+    for kind, asked in (("rater", raters), ("sink", sinks)):
+        there = sum(status.name.startswith(kind) for status in running or [])
+        if running is not None and asked is not None and asked != there:
+            fail(f"{there} {kind}(s) run, {asked} asked for: `tally down` first, or start more with `tally {kind}`")
+
+
+def _let_finance_in(settings: Settings) -> str | None:
+    """The read-only DSN of the embedded PostgreSQL, where the socket's directory is the access control."""
+    found = embedded.find(settings.data_dir)
+    if found is None or found.postgres_dsn != settings.dsn:
+        return None
+    with connect(settings.dsn, application="up", autocommit=True) as connection:
+        connection.execute("ALTER ROLE tally_finance LOGIN")
+    return settings.dsn.replace("//postgres@", "//tally_finance@")
+
+
+def _await_members(settings: Settings, wanted: dict[str, int]) -> None:
+    """Wait until the workers have joined their groups, for a while: a slow one shows in `tally status`."""
+    admin = AdminClient(settings.kafka)
+    deadline = time.monotonic() + _JOINED_S
+    for kind, count in wanted.items():
+        group = f"{settings.topic_prefix}{kind}"
+        while time.monotonic() < deadline:
+            if len(admin.describe_consumer_groups([group])[group].result(10).members) >= count:
+                break
+            time.sleep(0.2)
 
 
 def down(data_dir: DataDir = None, json: Json = False) -> None:
@@ -90,7 +133,9 @@ def down(data_dir: DataDir = None, json: Json = False) -> None:
     elif workers_stopped or services_stopped:
         err.print(f"stopped; the data stays in {escape(str(directory))}")
     else:
-        err.print(f"nothing was running in {escape(str(directory))}")
+        err.print(
+            f"nothing was running in {escape(str(directory))}; a demo left up is in {escape(str(directory / 'demo'))}"
+        )
 
 
 def doctor(data_dir: DataDir = None, json: Json = False) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psycopg
 from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
 from pipeline.infra import embedded
 from pipeline.infra.postgres import connect, pending
@@ -28,6 +28,9 @@ from pipeline.infra.topics import TopicMismatch, Topics, check_topics
 SKEW_MAX = 5.0
 #: Oldest PostgreSQL that Tally is tested with.
 POSTGRES_MIN = 16
+#: How long Kafka must keep the offsets of a group that is down, minutes: as long as there are events to go on with.
+OFFSETS_KEPT_MIN_MINUTES = 37 * 24 * 60
+_KEPT = "offsets.retention.minutes"
 #: Time for each service to answer, seconds.
 _TIMEOUT = 10
 #: Refusals that pass by themselves while a leader or coordinator is being chosen.
@@ -119,8 +122,8 @@ def _version(package: str) -> str:
 
 def _kafka(settings: Settings) -> Iterator[Finding]:
     said: list[str] = []
-    # The client's own reason (refused, unknown host, bad certificate) comes through this call back only.
-    config: dict[str, Any] = {**settings.kafka, "error_cb": lambda error: said.append(error.str())}
+    # The client's own reason (refused, unknown host, bad certificate) comes through this call back; no need to log it.
+    config: dict[str, Any] = {**settings.kafka, "error_cb": lambda error: said.append(error.str()), "log_level": 0}
     admin = AdminClient(config)
     try:
         brokers = admin.list_topics(timeout=_TIMEOUT).brokers
@@ -131,18 +134,37 @@ def _kafka(settings: Settings) -> Iterator[Finding]:
         yield Finding("kafka", False, found, f"an answer from {settings.kafka_bootstrap}", fix)
         return
     yield Finding("kafka", True, f"{len(brokers)} broker(s)", f"an answer from {settings.kafka_bootstrap}")
+    yield from _kept_offsets(admin, next(iter(brokers)))
     topics = Topics(settings.topic_prefix)
     try:
         check_topics(settings)
     except TopicMismatch as error:
-        found, _, fix = str(error).partition(": ")
-        yield Finding("topics", False, found, f"as Tally needs them, {settings.partitions} partitions", fix)
+        for one in error.mismatches:
+            yield Finding("topics", False, f"{', '.join(one.topics)}: {one.found}", one.expected, one.fix)
         return
     yield Finding("topics", True, "all as needed", f"as Tally needs them, {settings.partitions} partitions")
     yield _asked("broker clock", lambda: _broker_clock(admin, topics, settings.partitions))
     for command in ("rater", "sink"):
         group = f"{settings.topic_prefix}{command}"
         yield _asked(f"{command}s", partial(_group, admin, group, command))
+
+
+def _kept_offsets(admin: AdminClient, broker: int) -> Iterator[Finding]:
+    """A broker's own setting; a hosted Kafka may show it to nobody, and then there is nothing to say."""
+    resource = ConfigResource(ResourceType.BROKER, str(broker))
+    try:
+        described = admin.describe_configs([resource])[resource].result(_TIMEOUT)
+    except KafkaException:
+        return
+    minutes = described[_KEPT].value if _KEPT in described else None
+    if minutes is not None:
+        yield _check(
+            "kept offsets",
+            int(minutes) >= OFFSETS_KEPT_MIN_MINUTES,
+            f"{_KEPT}={minutes} ({int(minutes) / 1440:.0f} days)",
+            f"at least {OFFSETS_KEPT_MIN_MINUTES} (37 days, as long as the usage topics keep)",
+            f"set {_KEPT} in the brokers' server.properties: raters that were down longer lose their place",
+        )
 
 
 def _asked(check: str, ask: Callable[[], Finding]) -> Finding:

@@ -703,6 +703,9 @@ log.dirs={log_dirs}
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=4
+# 60 days; 7 by default. Raters that were down longer lose their place, and a laptop may sleep over a holiday: keep it
+# longer than the 37 days that the usage topics keep their events.
+offsets.retention.minutes=86400
 transaction.state.log.replication.factor=1
 transaction.state.log.min.isr=1
 transaction.state.log.num.partitions=4

@@ -42,6 +42,8 @@ def configure(settings: Settings, *, worker: str) -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("pipeline").setLevel(level)
+    # While the broker is away it writes several lines a second; those who wait for the broker say it once.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

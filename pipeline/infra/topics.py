@@ -5,6 +5,7 @@ partition, so growing it is a migration, not a setting.
 """
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,8 +27,29 @@ RECORD_BYTES_MAX = 2 * 1024 * 1024
 _VISIBLE_WITHIN = 15.0
 
 
+#: Replicas from which an acknowledged record must stand on two: losing one broker then loses nothing.
+_REPLICAS_FOR_TWO_IN_SYNC = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How some topics differ from what Tally needs, in words; ``fix`` is the command, or what to do."""
+
+    topics: tuple[str, ...]
+    found: str
+    expected: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.topics)}: found {self.found}, expected {self.expected}: {self.fix}"
+
+
 class TopicMismatch(Exception):
-    """A topic exists with other settings than Tally needs. The message names both and what to do."""
+    """Topics are missing, or have other settings than Tally needs. The message names all, and what to do."""
+
+    def __init__(self, message: str, mismatches: Sequence[Mismatch] = ()) -> None:
+        super().__init__(message)
+        self.mismatches = tuple(mismatches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +95,8 @@ class Topics:
         """Topics that share the usage topics' partitions."""
         return (self.events, self.rated, self.receipts, self.retry, self.dead_letter, self.seen, self.totals)
 
-    def config(self, topic: str) -> dict[str, str]:
-        """Settings the topic is created with."""
+    def config(self, topic: str, replicas: int = 1) -> dict[str, str]:
+        """Settings the topic is created with, all of them named: a broker's own defaults may be anything."""
         keep = {
             self.events: 37,
             self.rated: 37,
@@ -87,18 +109,20 @@ class Topics:
         if keep is None:
             config["cleanup.policy"] = "compact"
         else:
-            config["retention.ms"] = str(keep * _DAY_MS)
+            # A limit by size would delete before its time.
+            config |= {"cleanup.policy": "delete", "retention.ms": str(keep * _DAY_MS), "retention.bytes": "-1"}
         if topic == self.events:
             # Age is judged at the broker's clock, never a producer's or a worker's.
             config["message.timestamp.type"] = "LogAppendTime"
+        if replicas >= _REPLICAS_FOR_TWO_IN_SYNC:
+            config["min.insync.replicas"] = "2"
         return config
 
 
 def ensure_topics(settings: Settings) -> list[str]:
     """Create the topics that are missing, check those that exist; return the names created.
 
-    Raises TopicMismatch when an existing topic has another partition count or timestamp type, KafkaException when the
-    broker refuses.
+    Raises TopicMismatch when existing topics are not as Tally needs them, KafkaException when the broker refuses.
     """
     topics = Topics(settings.topic_prefix)
     wanted = dict.fromkeys(topics.partitioned, settings.partitions) | {topics.catalog: 1}
@@ -106,7 +130,7 @@ def ensure_topics(settings: Settings) -> list[str]:
     created = []
     futures = admin.create_topics(
         [
-            NewTopic(name, count, settings.replication_factor, config=topics.config(name))
+            NewTopic(name, count, settings.replication_factor, config=topics.config(name, settings.replication_factor))
             for name, count in wanted.items()
         ]
     )
@@ -132,28 +156,62 @@ def _await_visible(admin: AdminClient, names: set[str]) -> None:
 
 
 def check_topics(settings: Settings, ignore: set[str] | None = None) -> None:
-    """Raise TopicMismatch unless every topic exists as Tally needs it."""
+    """Raise TopicMismatch, naming every difference, unless all topics exist as Tally needs them."""
     topics = Topics(settings.topic_prefix)
+    names = [name for name in (*topics.partitioned, topics.catalog) if name not in (ignore or ())]
     admin = AdminClient(settings.kafka)
     known = admin.list_topics(timeout=15).topics
-    for name in (*topics.partitioned, topics.catalog):
-        if ignore and name in ignore:
-            continue
-        if name not in known:
-            raise TopicMismatch(f"topic {name} does not exist: run `tally up`, or `tally topics` on your own Kafka")
-        expected = 1 if name == topics.catalog else settings.partitions
-        found = len(known[name].partitions)
-        if found != expected:
-            raise TopicMismatch(
-                f"topic {name} has {found} partitions, expected {expected}: set TALLY_PARTITIONS={found}, "
-                "or migrate (drain, rebuild state by account, switch)"
-            )
-    resource = ConfigResource(ResourceType.TOPIC, topics.events)
-    config = admin.describe_configs([resource])[resource].result(15)
-    if (kind := config["message.timestamp.type"].value) != "LogAppendTime":
-        raise TopicMismatch(
-            f"topic {topics.events} stamps {kind}, expected LogAppendTime: alter its message.timestamp.type"
+    mismatches: list[Mismatch] = []
+    if missing := [name for name in names if name not in known]:
+        fix = "run `tally up`, or `tally topics` on your own Kafka"
+        mismatches.append(Mismatch(tuple(missing), "none of that name", "the topic", fix))
+    there = {name: known[name].partitions for name in names if name in known}
+    mismatches += _other_partitions(topics, {name: len(found) for name, found in there.items()}, settings.partitions)
+    if there:
+        described = admin.describe_configs([ConfigResource(ResourceType.TOPIC, name) for name in there])
+        for resource, future in described.items():
+            replicas = min(len(partition.replicas) for partition in there[resource.name].values())
+            found = {name: entry.value for name, entry in future.result(15).items()}
+            mismatches += differences(resource.name, topics.config(resource.name, replicas), found)
+    if mismatches:
+        raise TopicMismatch("\n".join(map(str, mismatches)), mismatches)
+
+
+def _other_partitions(topics: Topics, counts: Mapping[str, int], partitions: int) -> Iterator[Mismatch]:
+    """Topics with another partition count than they need, those with the same count together."""
+    for count in sorted(set(counts.values()) - {partitions}):
+        if wrong := tuple(name for name in topics.partitioned if counts.get(name) == count):
+            fix = f"set TALLY_PARTITIONS={count}, or migrate (drain, rebuild state by account, switch)"
+            yield Mismatch(wrong, f"{count} partitions", str(partitions), fix)
+    if (count := counts.get(topics.catalog, 1)) != 1:
+        fix = "delete it, run `tally topics`, and restart the relay, which fills it again"
+        yield Mismatch((topics.catalog,), f"{count} partitions", "1", fix)
+
+
+def differences(topic: str, wanted: Mapping[str, str], found: Mapping[str, str | None]) -> list[Mismatch]:
+    """How a topic's settings fall short of the wanted ones: none, or one Mismatch with all of them and its command."""
+    wrong = {name: value for name, value in wanted.items() if not _suffices(name, found.get(name), value)}
+    if not wrong:
+        return []
+    changes = ",".join(f"{name}={value}" for name, value in wrong.items())
+    return [
+        Mismatch(
+            (topic,),
+            ", ".join(f"{name}={found.get(name)}" for name in wrong),
+            ", ".join(f"{name}={value}{' or more' if name in _AT_LEAST else ''}" for name, value in wrong.items()),
+            f"kafka-configs.sh --bootstrap-server … --alter --topic {topic} --add-config {changes}",
         )
+    ]
+
+
+#: Settings that may be larger than wanted; the others are exactly so.
+_AT_LEAST = frozenset({"retention.ms", "max.message.bytes", "min.insync.replicas"})
+
+
+def _suffices(name: str, found: str | None, wanted: str) -> bool:
+    if name not in _AT_LEAST or found is None:
+        return found == wanted
+    return int(found) >= int(wanted) or (name == "retention.ms" and found == "-1")
 
 
 @lru_cache(maxsize=1 << 20)

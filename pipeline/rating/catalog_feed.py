@@ -44,6 +44,7 @@ class CatalogFeed(threading.Thread):
         self._ready = threading.Event()
         self._view = TermsView(Catalog.empty())
         self._whole_at = time.monotonic()
+        self._away = False
 
     @property
     def view(self) -> TermsView:
@@ -104,8 +105,15 @@ class CatalogFeed(threading.Thread):
         """Ask where the catalog ends: an idle topic and one that cannot be reached look alike to who only polls."""
         try:
             _, end = consumer.get_watermark_offsets(TopicPartition(self._topics.catalog, 0), _ANSWER_S)
-        except KafkaException:
-            return  # whatever keeps it from answering: the snapshot grows old, and the partitions wait and say so
+        except KafkaException as error:
+            # Whatever keeps it from answering: the snapshot grows old, and in the end the partitions wait.
+            if not self._away:
+                self._away = True
+                log.warning("broker_away", error=str(error.args[0]))
+            return
+        if self._away:
+            self._away = False
+            log.info("broker_back")
         if end <= self._view.offset:
             self._whole_at = time.monotonic()
 

@@ -32,8 +32,8 @@ log = get_logger(__name__)
 TRANSACTION_TIMEOUT_MS = 15_000
 #: How long one call into the client may take before we look around and say that the broker is away.
 CALL_TIMEOUT_S = 5.0
-#: Twice that, and a call has missed its own timeout: ``send_offsets_to_transaction`` has none in truth, and may wait for
-#: ever when the broker restarts meanwhile (librdkafka issues 5456 and 5511).
+#: Twice that, and a call has missed its own timeout: ``send_offsets_to_transaction`` has none in truth, and may wait
+#: for ever when the broker restarts meanwhile (librdkafka issues 5456 and 5511).
 STUCK_S = 2 * CALL_TIMEOUT_S
 #: Most of a message that a letter holds, bytes: with both, and the rest of it, a letter stays below RECORD_BYTES_MAX.
 _VALUE_KEPT, _KEY_KEPT = 1024 * 1024, 64 * 1024

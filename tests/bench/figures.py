@@ -20,7 +20,7 @@ from tests.bench.world import Cost
 
 RUNS = 3
 #: A stuck run ends here. Seconds.
-PATIENCE = 300
+PATIENCE = 120
 RATER_EVENTS = 400_000
 #: Stock Faust takes about 150 µs an event: a tenth of the events tells as much.
 FAUST_EVENTS = 40_000
@@ -189,7 +189,7 @@ def _speed(settings: Settings, group: str, cost: Cost, events: int) -> Speed:
             if first is not None and done >= events:
                 break
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{group}: {done} of {events} events after 300 s")
+                raise RuntimeError(f"{group}: {done} of {events} events after {PATIENCE} s")
             time.sleep(0.02)
     finally:
         consumer.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import fastavro
 import psutil
-from confluent_kafka import KafkaError, Producer
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from pipeline.core.charges import Charge, Tier
 from pipeline.core.contracts import Account, Contract
@@ -147,13 +147,20 @@ def send_seen(settings: Settings, keys: int) -> None:
     """Put ``keys`` identities that no event has into the changelog, spread over the partitions."""
     dice = random.Random(11)
     producer = Producer({**settings.kafka, "queue.buffering.max.kbytes": 2_000_000})
-    day = expiry_day(time.time_ns() // 1_000_000)
+    now_ms = time.time_ns() // 1_000_000
+    day = expiry_day(now_ms, now_ms)
     for partition in range(settings.partitions):
         entries = [dice.randbytes(24) for _ in range(keys // settings.partitions)]
         for block in pack_seen({day: entries}):
             producer.produce(Topics(settings.topic_prefix).seen, block, None, partition)
     if producer.flush(120):
         raise RuntimeError("the changelog was not written")
+    # A rater that finds state without offsets refuses to start: say that it is at the beginning.
+    group = Consumer({**settings.kafka, "group.id": f"{settings.topic_prefix}rater"})
+    topic = Topics(settings.topic_prefix).events
+    beginning = [TopicPartition(topic, number, 0) for number in range(settings.partitions)]
+    group.commit(offsets=beginning, asynchronous=False)
+    group.close()
 
 
 @dataclass(slots=True)

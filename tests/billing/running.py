@@ -8,10 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import Any
+
+from psycopg.types.json import Jsonb
 
 from pipeline.billing import sink
 from pipeline.billing.commit import Reached, Step
+from pipeline.core.charges import Charge
+from pipeline.core.documents import kind_of, to_document
+from pipeline.core.meters import Meter
+from pipeline.core.periods import to_datetime
+from pipeline.core.plans import Plan
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 
@@ -74,6 +82,31 @@ def wait_until(holds: Callable[[], bool], what: str, *threads: SinkThread) -> No
 def query(settings: Settings, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
     with connect(settings.dsn, application="test", autocommit=True) as connection:
         return connection.execute(statement, parameters).fetchall()
+
+
+_INSERT_VERSION = """
+INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by)
+VALUES (%s, %s, %s, %s, %s, 'test')
+"""
+
+
+def publish(settings: Settings, *items: Plan | Meter) -> None:
+    """Put versions into the catalog as they are, without the notice a publication must give."""
+    with connect(settings.dsn, application="test") as connection:
+        for item in items:
+            key = (kind_of(item), item.id, item.version, to_datetime(item.valid_from_us))
+            connection.execute(_INSERT_VERSION, [*key, Jsonb(to_document(item))])
+
+
+def per_unit(version: int = 1, *, valid_from: int = 0, **prices: str) -> Plan:
+    """A version of plan ``basic`` in USD: unit prices by charge."""
+    charges = tuple(Charge(name, "tokens", "per_unit", Decimal(price)) for name, price in prices.items())
+    return Plan("basic", version, "Basic", "USD", valid_from, charges)
+
+
+def meter(version: int = 1, *, valid_from: int = 0) -> Meter:
+    """A version of meter ``tokens``."""
+    return Meter("tokens", version, "llm.request", "sum", "input_tokens", "token", (), False, valid_from)
 
 
 def count(settings: Settings, table: str) -> int:

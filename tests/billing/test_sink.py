@@ -11,13 +11,12 @@ import psycopg
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 from confluent_kafka.admin import AdminClient
-from psycopg.types.json import Jsonb
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from pipeline.billing.commit import Step
 from pipeline.billing.sink import LogTruncated
 from pipeline.core.charges import Charge
-from pipeline.core.documents import to_document
 from pipeline.core.plans import Plan
 from pipeline.infra.avro import RATED, Record
 from pipeline.infra.postgres import connect
@@ -34,7 +33,7 @@ from tests.billing.records import (
     resolution,
     sequences,
 )
-from tests.billing.running import SinkThread, count, query, running_sink, start_dying_sink, wait_until
+from tests.billing.running import SinkThread, count, publish, query, running_sink, start_dying_sink, wait_until
 
 MINUTE = 60_000_000
 
@@ -179,12 +178,7 @@ def test_versions_that_differ_have_lines_of_their_own(settings: Settings, rater:
 
 def test_reference_values_are_kept_with_a_mark_when_there_are_more(settings: Settings, rater: Rater) -> None:
     charge = Charge("input", "tokens", "per_unit", Decimal(1), references=("order", "file"))
-    with connect(settings.dsn, application="test") as connection:
-        connection.execute(
-            """INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by)
-            VALUES ('plan', 'basic', 1, now(), %s, 'test')""",
-            [Jsonb(to_document(Plan("basic", 1, "Basic", "USD", 0, (charge,))))],
-        )
+    publish(settings, Plan("basic", 1, "Basic", "USD", 0, (charge,)))
 
     def rows(numbers: range) -> list[Record]:
         return [rated_record(key=f"k{n}", properties={"order": f"o{n % 25}", "file": "a.csv"}) for n in numbers]
@@ -260,6 +254,42 @@ def test_a_repeat_by_a_rater_is_quarantined_with_its_bytes(settings: Settings, r
         ("already_billed", "acct", record["charge"], SCHEMAS.encode(RATED, record)) for record in [*again, *new]
     ]
     assert_lines_are_sums_of_rows(settings)
+
+
+@pytest.mark.parametrize("state", ["open", "issued"])
+def test_positions_set_back_change_nothing(settings: Settings, rater: Rater, state: str) -> None:
+    """Everything is read and decided again: rows billed from the same place are no repeats, quarantined ones stay."""
+
+    def make() -> None:
+        rater.rated([*usage("acct", 5), *usage("acct", 2)])
+        rater.raw(rater.topics.rated, b"\xff")
+        rater.receipt(receipt_record(settings.topic_prefix, count=5))
+        rater.receipt(receipt_record(settings.topic_prefix, count=5, worker="rater-2"))
+        rater.letter(letter_record(settings.topic_prefix), dead=False)
+
+    def positions() -> list[tuple[Any, ...]]:
+        statement = "SELECT * FROM billing.sink_position WHERE next_offset > 0 ORDER BY topic, partition"
+        return query(settings, statement)
+
+    def everything() -> list[list[tuple[Any, ...]]]:
+        tables = ("rated_usage", "invoice_line", "receipt", "quarantine", "unrated_event", "source_sequence")
+        return [query(settings, f"SELECT * FROM billing.{table} ORDER BY 1, 2, 3") for table in tables]
+
+    def counted() -> list[float | None]:
+        reasons = ("already_billed", "period_closed", "undecodable", "already_receipted")
+        names = [("tally_sink_quarantined_rows_total", {"reason": reason}) for reason in reasons]
+        return [REGISTRY.get_sample_value(*name) for name in (("tally_sink_billed_rows_total", {}), *names)]
+
+    write(settings, rater, make, 10)
+    with running_sink(settings) as thread:
+        wait_until(lambda: len(positions()) == 3, "rows, receipts and letters", thread)
+    query(settings, f"UPDATE billing.invoice SET state = '{state}' RETURNING id")
+    before = positions(), everything(), counted()
+    assert quarantined(settings) == {"already_billed": 4, "undecodable": 1, "already_receipted": 1}
+    query(settings, "UPDATE billing.sink_position SET next_offset = 0 RETURNING 1")
+    with running_sink(settings) as thread:
+        wait_until(lambda: positions() == before[0], "the sink to come back", thread)
+    assert (positions(), everything(), counted()) == before
 
 
 def test_two_sinks_share_the_partitions_and_take_over(settings: Settings, rater: Rater) -> None:
@@ -400,6 +430,30 @@ def test_waits_for_postgres_and_says_so_once(settings: Settings, rater: Rater, s
     said = [entry["event"] for entry in logs if entry["event"] in ("away", "back")]
     assert said == ["away", "back"]
     assert_lines_are_sums_of_rows(settings)
+
+
+def test_a_transaction_rolled_back_for_another_is_written_again_and_named_so(settings: Settings, rater: Rater) -> None:
+    """As in a deadlock: PostgreSQL is not away, it chose."""
+    with connect(settings.dsn, application="test") as connection:
+        connection.execute("CREATE SEQUENCE public.tries")  # a rollback does not take its numbers back
+        connection.execute(
+            """CREATE FUNCTION public.choose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF nextval('public.tries') = 1 THEN RAISE 'deadlock detected' USING ERRCODE = '40P01'; END IF;
+                RETURN NEW;
+            END $$"""
+        )
+        connection.execute(
+            "CREATE TRIGGER choose BEFORE INSERT ON billing.receipt FOR EACH ROW EXECUTE FUNCTION public.choose()"
+        )
+    with rater.transaction():
+        rater.receipt(receipt_record(count=1))
+    with capture_logs() as logs, running_sink(settings) as thread:
+        wait_until(lambda: count(settings, "billing.receipt") == 1, "the receipt", thread)
+    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert [(entry["event"], entry["problem"].splitlines()[0]) for entry in warnings] == [
+        ("rolled back", "deadlock detected")
+    ]
+    assert "back" not in [entry["event"] for entry in logs]
 
 
 def test_waits_for_a_broker_that_is_not_there(settings: Settings) -> None:

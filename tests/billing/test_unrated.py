@@ -1,5 +1,7 @@
 """Letters and resolutions arrive in any order over several topics; what is kept must not depend on it."""
 
+import threading
+import time
 from itertools import count
 from typing import Any
 
@@ -8,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from psycopg import Connection
 
-from pipeline.billing.unrated import Letter, Resolution, write_letters, write_resolutions
+from pipeline.billing.unrated import Letter, Resolution, write_unrated
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from tests.billing.records import letter_record
@@ -24,8 +26,8 @@ def letter(origin: int, *, dead: bool, attempts: int, replays: int = 0, partitio
 
 def apply(connection: "Connection[Any]", news: list[Letter | Resolution], *, one_by_one: bool = True) -> None:
     for batch in [[one] for one in news] if one_by_one else [news]:
-        write_letters(connection, [one for one in batch if isinstance(one, Letter)])
-        write_resolutions(connection, [one for one in batch if isinstance(one, Resolution)])
+        letters = [one for one in batch if isinstance(one, Letter)]
+        write_unrated(connection, letters, [one for one in batch if isinstance(one, Resolution)])
 
 
 def kept(connection: "Connection[Any]", origin: int) -> tuple[Any, ...] | None:
@@ -107,4 +109,52 @@ def test_a_decision_survives_news(settings: Settings) -> None:
         apply(connection, [letter(1, dead=False, attempts=1, replays=1)])
         assert connection.execute("SELECT state, decision, decided_by FROM billing.unrated_event").fetchall() == [
             ("parked", "replay", "kim")
+        ]
+
+
+def test_two_sinks_with_news_of_the_same_events_do_not_deadlock(settings: Settings) -> None:
+    """One brings letters of 5 and 6 and the end of 3, the other a letter of 3 and the end of 5.
+
+    A third holds 6, so that the first stands still in the middle of its work until the second has begun.
+    """
+    failed: list[BaseException] = []
+
+    def sink(letters: list[int], resolved: int) -> None:
+        try:
+            with connect(settings.dsn, application="test") as connection:
+                write_unrated(
+                    connection,
+                    [letter(origin, dead=False, attempts=2) for origin in letters],
+                    [Resolution(TOPIC, 0, resolved, "rated")],
+                )
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            failed.append(error)
+
+    with connect(settings.dsn, application="test", autocommit=True) as watch:
+        apply(watch, [letter(origin, dead=False, attempts=1) for origin in (3, 5, 6)])
+
+        def wait_for_waiting(sinks: int) -> None:
+            until = time.monotonic() + 30
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            while watch.execute(waiting).fetchone() != (sinks,):
+                assert time.monotonic() < until, f"waited 30 s for {sinks} to wait"
+                time.sleep(0.02)
+
+        first = threading.Thread(target=sink, args=([5, 6], 3))
+        second = threading.Thread(target=sink, args=([3], 5))
+        with connect(settings.dsn, application="test") as third:
+            third.execute("SELECT FROM billing.unrated_event WHERE origin_offset = 6 FOR UPDATE")
+            first.start()
+            wait_for_waiting(1)
+            second.start()
+            wait_for_waiting(2)
+        first.join(30)
+        second.join(30)
+        assert failed == []
+        assert [kept(watch, origin)[:2] for origin in (3, 5, 6)] == [  # type: ignore[index]
+            ("rated", "0/2"),
+            ("rated", "0/2"),
+            ("parked", "0/2"),
         ]

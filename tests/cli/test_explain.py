@@ -7,13 +7,16 @@ import pytest
 from confluent_kafka import Producer
 
 from pipeline.billing.explain import identity
+from pipeline.core.charges import Charge, Tier
+from pipeline.core.money import QUANTITY_ONE
+from pipeline.core.plans import Plan
 from pipeline.infra.avro import EVENTS
 from pipeline.infra.resources import demo_dir
 from pipeline.infra.settings import Settings
 from pipeline.infra.wire import read_event
 from tests.billing.rater import SCHEMAS, Rater
 from tests.billing.records import NOON, letter_record, rated_record, receipt_record
-from tests.billing.running import query, running_sink, wait_until
+from tests.billing.running import publish, query, running_sink, wait_until
 
 from .running import Tally
 
@@ -203,6 +206,36 @@ plans:
     }
     assert proved == {"first": True, "second": True, "third": False}
     assert "NOT the stored amount 7" in tally("explain", "acct/third").stdout
+
+
+def test_lines_of_one_counter_are_proved_together(settings: Settings) -> None:
+    """A second meter version has a line of its own and counts on: its amount is price(Q1 + Q2) - price(Q1)."""
+    tiers = (Tier(20 * QUANTITY_ONE, Decimal(1)), Tier(None, Decimal("0.5")))
+    charge = Charge("input", "tokens", "graduated", tiers=tiers)
+    publish(settings, Plan("basic", 1, "Basic", "USD", 0, (charge,)))
+    rater, tally = Rater(settings), Tally(settings)
+    with rater.transaction():
+        rater.rated(
+            [
+                rated_record(key="a", quantity=15, amount=15),
+                rated_record(key="b", quantity=10, before=15, amount="7.5", meter_version=2),
+                rated_record(key="c", quantity=10, amount=10, cell="region=eu"),
+            ]
+        )
+    with running_sink(settings) as thread:
+        wait_until(lambda: query(settings, "SELECT count(*) FROM billing.rated_usage") == [(3,)], "rows", thread)
+    for line in (1, 2):
+        arithmetic = tally.json("explain", f"line:{line}")["arithmetic"]
+        assert arithmetic["proved"]
+        assert Decimal(arithmetic["cost"]) == Decimal(arithmetic["amount"]) == Decimal("22.5")
+        assert [one["line"] for one in arithmetic["lines"]] == ["line:1", "line:2"]
+    shown = tally("explain", "line:2").stdout
+    assert "these lines count on" in shown
+    assert "price of 25" in shown
+    assert "equals the stored amount" in shown
+    assert "these lines count on" not in tally("explain", "line:3").stdout  # another cell, another counter
+    query(settings, "UPDATE billing.invoice_line SET amount = 7 WHERE id = 2 RETURNING id")
+    assert "NOT the stored amount 22" in tally("explain", "line:1").stdout
 
 
 def test_identity_is_the_raters() -> None:

@@ -15,7 +15,7 @@ import psutil
 import psycopg
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from pipeline.infra import embedded
 from pipeline.infra.embedded import Endpoints
@@ -77,6 +77,15 @@ def _is_kept(endpoints: Endpoints) -> bool:
     return row == (1,) and "kept" in topics
 
 
+def _broker_setting(endpoints: Endpoints, name: str) -> str | None:
+    admin, broker = (
+        AdminClient({"bootstrap.servers": endpoints.kafka_bootstrap}),
+        ConfigResource(ResourceType.BROKER, "1"),
+    )
+    value: str | None = admin.describe_configs([broker])[broker].result(15)[name].value
+    return value
+
+
 def _cluster_id(endpoints: Endpoints) -> str:
     return str(AdminClient({"bootstrap.servers": endpoints.kafka_bootstrap}).list_topics(timeout=15).cluster_id)
 
@@ -99,6 +108,7 @@ def test_found_while_running_and_data_stays(data_dir: Path) -> None:
         assert running.endpoints == first
         assert _cluster_id(running.endpoints) == cluster
         assert _is_kept(running.endpoints)
+        assert _broker_setting(running.endpoints, "offsets.retention.minutes") == "86400"
     assert embedded.find(data_dir) is None
 
 

@@ -1,4 +1,4 @@
-"""Workers killed or frozen at each step of a commit: the same totals, whatever became of their disk or of themselves."""
+"""Workers killed or frozen at the steps of a commit: the same totals, whatever became of their disk and of them."""
 
 import shutil
 import signal

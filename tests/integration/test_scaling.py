@@ -7,7 +7,7 @@ from tests.integration.deployment import Rater
 
 
 def test_one_to_five_workers_and_back_under_load(deploy: Deploy) -> None:
-    """Each worker checks of itself that it was assigned the same partitions of events and retry, and would leave else."""
+    """Each worker checks that it was assigned the same partitions of events and retry, and would leave if not."""
     deployment = deploy(partitions=4, batch_records=100)
     deployment.publish_all()
     stop = threading.Event()
