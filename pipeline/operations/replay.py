@@ -137,7 +137,11 @@ def _decide(
         events = lock(connection, portion)
         found = {event.origin for event in events}
         result.moved_on += (pick.origin for pick in portion if pick.origin not in found)
+        known = _known_accounts(connection, events) if "account" in decision.mend.fields else set()
         for event in events:
+            if event.account in known:
+                result.refused.append((event.origin, f"{_OTHER_ACCOUNT}, and {event.account} is known"))
+                continue
             try:
                 after = _as_decided(event, decision, topics, schemas)
             except NotAnEvent as error:
@@ -154,6 +158,16 @@ def _decide(
             cursor.executemany(_DECIDE, [asdict(event) for event in decided])
         audit(connection, decision.actor, "dlq.replay", details)
     return decided
+
+
+#: Identity is (account, key), and the service may send the event again: under two accounts it would be billed twice.
+_OTHER_ACCOUNT = "another account may be set only where nobody can be billed under the first"
+_KNOWN = "SELECT id FROM billing.catalog_version WHERE kind = 'account' AND id = ANY(%s)"
+
+
+def _known_accounts(connection: "Connection[Any]", events: Sequence[UnratedEvent]) -> set[str | None]:
+    accounts = [event.account for event in events if event.account is not None]
+    return {account for (account,) in connection.execute(_KNOWN, [accounts])}
 
 
 def _as_decided(event: UnratedEvent, decision: Decision, topics: Topics, schemas: Schemas) -> UnratedEvent:

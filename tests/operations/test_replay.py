@@ -112,29 +112,34 @@ def test_a_mended_event_is_billed_once_however_often_it_is_replayed(world: World
 
 def test_age_account_and_bytes_of_replayed_events(world: World) -> None:
     old = world.event("old", at_us=10**15)
-    moved = world.event("moved", "acct-1", input_tokens="x")
+    stray = world.event("stray", "nobody", at_us=10**15)
     noise = world.raw(b"\xff" * 40)
     with world.rater(), world.sink():
-        is_dead(world, old, moved, noise)
+        is_dead(world, old, stray, noise)
 
         done = replayed(world, noise, sets=("input_tokens=5",))
         assert done.sent == [] and done.refused[0][0] == noise
         assert "cannot be mended" in done.refused[0][1]
         assert world.row(noise)["replays"] == 0
 
+        # Under another account a repeat of the same event would be billed too: only where the first cannot be.
+        done = replayed(world, old, sets=("account=acct-2",))
+        assert done.sent == [] and "acct-1 is known" in done.refused[0][1]
+
         # A replay makes no event younger; only another time does. The other account has another partition.
-        assert partition_of(b"acct-2", world.settings.partitions) != moved.partition
+        now = f"timestamp={time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}"
+        assert partition_of(b"acct-2", world.settings.partitions) != stray.partition
         replayed(world, old, noise)
-        replayed(world, moved, sets=("input_tokens=7", "account=acct-2"))
+        replayed(world, stray, sets=(now, "input_tokens=7", "account=acct-2"))
         is_dead(world, old, noise, replays=1)
         assert world.row(old)["reason"] == "too_old"
         assert world.row(noise)["reason"] == "undecodable"
         assert world.row(noise)["value"] == b"\xff" * 40
         assert world.row(noise)["letter_partition"] == noise.partition
-        eventually(lambda: world.state(moved), lambda state: state == "rated")
-        assert world.billed("moved")[0] == ("acct-2", "input", 7 * INPUT_PRICE)
+        eventually(lambda: world.state(stray), lambda state: state == "rated")
+        assert world.billed("stray")[0] == ("acct-2", "input", 7 * INPUT_PRICE)
 
-        replayed(world, old, sets=(f"timestamp={time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}",))
+        replayed(world, old, sets=(now,))
         eventually(lambda: world.state(old), lambda state: state == "rated")
         assert len(world.billed("old")) == 2
 
