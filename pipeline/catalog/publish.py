@@ -189,35 +189,37 @@ def _account_contradictions(connection: "Connection[Any]", drafts: Drafts, known
 
 
 def _back_dated(
-    contracts: Sequence[Draft[Contract]], known: _Known, rated: Sequence[store.RatedUsage], now: Micros
+    contracts: Sequence[Draft[Contract]], known: _Known, rated: Mapping[str, Sequence[store.RatedUsage]], now: Micros
 ) -> list[Finding]:
     """Contracts that would change what covers usage that is rated: it keeps its price, so that is a correction."""
     findings = []
     for draft in contracts:
         contract, before, end_us = draft.item, _before(draft, known), draft.item.end_us
+        usages = rated.get(contract.account, ())
         if not isinstance(before, Contract) or before.start_us > now:
             findings += [
                 draft.where.finding(
-                    f"expected a time without rated usage, since that keeps its price, got {span(contract)} while "
-                    f"{usage.contract!r} has usage rated from {format_instant(usage.first_us)} to "
-                    f"{format_instant(usage.last_us)}: begin after it; rating usage again is not possible yet"
+                    f"expected a time without rated usage, since that keeps its price, got {contract.id!r} "
+                    f"({span(contract)}) while {usage.contract!r} has usage rated from "
+                    f"{format_instant(usage.first_us)} to {format_instant(usage.last_us)}: begin after it; "
+                    "rating usage again is not possible yet"
                 )
-                for usage in rated
-                if usage.account == contract.account
-                and contract.start_us <= usage.last_us
-                and (end_us is None or usage.first_us < end_us)
+                for usage in usages
+                if contract.start_us <= usage.last_us and (end_us is None or usage.first_us < end_us)
             ]
         elif end_us is not None and (before.end_us is None or end_us < before.end_us):
-            # Usage may be rated and not written yet, so all of the past is closed to an earlier end.
-            newest = [usage.last_us for usage in rated if usage.contract == contract.id]
-            if newest and end_us < (earliest := max(now, *(at + 1 for at in newest))):
-                findings.append(
-                    draft.where.finding(
-                        f"expected an end of {format_instant(_whole_second(earliest, timedelta()))} or later, since "
-                        f"{contract.id!r} has rated usage, which keeps its price, got {format_instant(end_us)}: "
-                        "end it later; rating usage again is not possible yet"
+            for usage in usages:
+                # Usage may be rated and not written yet, so all of the past is closed to an earlier end; and raters
+                # have to know it before the first event it concerns.
+                earliest = max(_whole_second(now, NOTICE), _whole_second(usage.last_us + 1, timedelta()))
+                if usage.contract == contract.id and end_us < earliest:
+                    findings.append(
+                        draft.where.finding(
+                            f"expected an end of {format_instant(earliest)} or later, since {contract.id!r} has rated "
+                            f"usage, which keeps its price, got {format_instant(end_us)}: end it later; rating usage "
+                            "again is not possible yet"
+                        )
                     )
-                )
     return findings
 
 

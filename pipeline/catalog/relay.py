@@ -6,7 +6,8 @@ key. Of several relays one is active, holding a lock in PostgreSQL; the others s
 """
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +15,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from psycopg import Connection, OperationalError
 from psycopg.rows import class_row
 
-from pipeline.catalog.publish import CHANNEL
+from pipeline.catalog.publish import CHANNEL, Published
 from pipeline.core.documents import canonical_json
 from pipeline.infra import metrics
 from pipeline.infra.avro import CATALOG, load_schemas
@@ -68,6 +69,49 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached = lambda 
             backoff = min(backoff * 2, _BACKOFF_LONGEST_S)
 
 
+class Relayed(NamedTuple):
+    """How far a publication is on its way to the raters."""
+
+    #: Its versions that are not on the topic yet.
+    waiting: int
+    #: When the last of those that are there was relayed, UTC; None when none is.
+    at: datetime | None
+    #: Whether a relay is at work; always so when nothing waits.
+    active: bool
+
+
+_SELECT_RELAYED = """
+SELECT count(*) FILTER (WHERE relayed_at IS NULL), max(relayed_at)
+FROM billing.outbox
+JOIN unnest(%s::billing.catalog_kind[], %s::text[], %s::integer[]) AS wanted (kind, id, version)
+    USING (kind, id, version)
+"""
+#: How often a command that waits for the relay looks; seconds. A relay takes tens of milliseconds.
+_LOOK_S = 0.1
+
+
+def await_relayed(dsn: str, published: Sequence[Published], wait_s: float) -> Relayed:
+    """Wait until the relay has carried these versions, at most so many seconds; how far it is then.
+
+    Raises psycopg.Error when the database does not answer.
+    """
+    wanted = [[getattr(one, name) for one in published] for name in ("kind", "id", "version")]
+    until = time.monotonic() + wait_s
+    with connect(dsn, application="publish", autocommit=True) as connection:
+        while True:
+            row = connection.execute(_SELECT_RELAYED, wanted).fetchone()
+            if row is None:
+                raise AssertionError("an aggregate without groups has one row")
+            waiting, at = row
+            if not waiting:
+                return Relayed(0, at, True)
+            if time.monotonic() >= until:
+                # The active relay holds the lock, which nobody else can then share.
+                free = connection.execute(f"SELECT pg_try_advisory_xact_lock_shared({_LOCK})").fetchone()
+                return Relayed(waiting, at, active=free == (False,))
+            time.sleep(_LOOK_S)
+
+
 #: What waiting does not mend.
 _REFUSED = frozenset(
     {
@@ -80,12 +124,16 @@ _REFUSED = frozenset(
 )
 
 
+#: Held by the active relay.
+_LOCK = "hashtextextended('tally.relay', 0)"
+
+
 def _take_over(connection: "Connection[Any]", stop: threading.Event) -> bool:
     """Wait until this relay is the active one; False when told to stop before. The lock ends with the connection."""
     connection.execute(f"LISTEN {CHANNEL}")
     standing_by = False
     while not stop.is_set():
-        row = connection.execute("SELECT pg_try_advisory_lock(hashtextextended('tally.relay', 0))").fetchone()
+        row = connection.execute(f"SELECT pg_try_advisory_lock({_LOCK})").fetchone()
         if row == (True,):
             return True
         if not standing_by:

@@ -27,7 +27,6 @@ class Version:
 class RatedUsage(NamedTuple):
     """That events were rated under a contract, and the times of the earliest and the newest of them."""
 
-    account: str
     contract: str
     first_us: Micros
     last_us: Micros
@@ -70,12 +69,12 @@ GROUP BY invoice.account, line.contract ORDER BY invoice.account, line.contract
 """
 
 
-def rated_usage(connection: "Connection[Any]", accounts: Iterable[str]) -> list[RatedUsage]:
-    """Which contracts of these accounts have rated usage, as far as the sink has written it."""
-    return [
-        RatedUsage(account, contract, to_micros(first), to_micros(last))
-        for account, contract, first, last in connection.execute(_SELECT_RATED, [list(accounts)])
-    ]
+def rated_usage(connection: "Connection[Any]", accounts: Iterable[str]) -> dict[str, list[RatedUsage]]:
+    """Which contracts of these accounts have rated usage, by account, as far as the sink has written it."""
+    found: dict[str, list[RatedUsage]] = {}
+    for account, contract, first, last in connection.execute(_SELECT_RATED, [list(accounts)]):
+        found.setdefault(account, []).append(RatedUsage(contract, to_micros(first), to_micros(last)))
+    return found
 
 
 def ids(connection: "Connection[Any]", kind: Kind) -> list[str]:

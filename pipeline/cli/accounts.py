@@ -10,7 +10,7 @@ from pipeline.catalog import store
 from pipeline.catalog.files import read_account_files
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.output import EXIT_NOT_FOUND, emit_json, err, fail, out
-from pipeline.cli.publishing import publish_and_show
+from pipeline.cli.publishing import WAIT_S, Wait, publish_and_show
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.periods import format_instant
 from pipeline.infra.postgres import connect
@@ -28,6 +28,7 @@ def apply(
         list[Path], typer.Argument(help="Account files; together they are one whole.", exists=True, dir_okay=False)
     ],
     reason: Annotated[str, typer.Option(help="Why, for the audit log.")] = "",
+    wait: Wait = WAIT_S,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +36,7 @@ def apply(
 
     What the files do not name stays as it is.
     """
-    publish_and_show(settings_for(data_dir), read_account_files(files), reason=reason, as_json=as_json)
+    publish_and_show(settings_for(data_dir), read_account_files(files), reason=reason, wait=wait, as_json=as_json)
 
 
 @_accounts.command("list")

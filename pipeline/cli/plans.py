@@ -13,7 +13,7 @@ from pipeline.catalog import store
 from pipeline.catalog.files import read_price_files
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
-from pipeline.cli.publishing import counts_from, publish_and_show, show_findings
+from pipeline.cli.publishing import WAIT_S, Wait, counts_from, publish_and_show, show_findings
 from pipeline.core.charges import Charge
 from pipeline.core.meters import Meter
 from pipeline.core.money import Micros, Quantity, plain, quantity_decimal
@@ -64,12 +64,14 @@ def publish(
             "in 60 seconds for what changed.",
         ),
     ] = None,
+    wait: Wait = WAIT_S,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Publish price files: each changed meter and plan becomes a new version, all or none."""
     begin = None if valid_from is None else _when(valid_from)
-    publish_and_show(settings_for(data_dir), read_price_files(files), reason=reason, as_json=as_json, valid_from=begin)
+    drafts = read_price_files(files)
+    publish_and_show(settings_for(data_dir), drafts, reason=reason, wait=wait, as_json=as_json, valid_from=begin)
 
 
 @_plans.command("list")

@@ -1,28 +1,50 @@
 """What `tally plans publish` and `tally accounts apply` share: publish drafts, then say what became of them."""
 
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Annotated, TypeAlias
 
 import typer
 from rich.table import Table
 
 from pipeline.catalog.files import Drafts
-from pipeline.catalog.publish import Refused, publish
+from pipeline.catalog.publish import Published, Refused, publish
+from pipeline.catalog.relay import Relayed, await_relayed
 from pipeline.catalog.source import Finding
 from pipeline.cli.output import EXIT_FINDINGS, emit_json, err, out
 from pipeline.core.money import Micros
-from pipeline.core.periods import BEGINNING, format_instant
+from pipeline.core.periods import BEGINNING, format_instant, to_micros
 from pipeline.infra.settings import Settings
+
+Wait: TypeAlias = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for the relay to carry it to the raters.")
+]
+#: A relay that runs takes less than a second; one that `tally up` has just started, a few.
+WAIT_S = 10.0
 
 
 def publish_and_show(
-    settings: Settings, drafts: Drafts, *, reason: str, as_json: bool, valid_from: timedelta | Micros | None = None
+    settings: Settings,
+    drafts: Drafts,
+    *,
+    reason: str,
+    wait: float,
+    as_json: bool,
+    valid_from: timedelta | Micros | None = None,
 ) -> None:
-    """Publish all or none and show each document's version; with findings, show them and exit 4."""
+    """Publish all or none, show each document's version, and whether raters have it; with findings, show them, exit 4.
+
+    That no relay carried it in time is a warning and not an error: it is published, and will be carried.
+    """
     try:
         published = publish(settings.dsn, drafts, actor=settings.actor, reason=reason, valid_from=valid_from)
     except Refused as refused:
         show_findings(list(refused.findings), as_json=as_json)
         raise typer.Exit(EXIT_FINDINGS) from None
+    if not as_json:
+        _show(published)
+    with err.status("waiting for the relay"):
+        relayed = await_relayed(settings.dsn, published, wait)
     if as_json:
         rows = [
             {
@@ -34,8 +56,14 @@ def publish_and_show(
             }
             for one in published
         ]
-        emit_json({"published": rows})
-        return
+        emit_json({"published": rows, "relayed": not relayed.waiting})
+    if relayed.waiting:
+        _warn(published, relayed)
+    elif relayed.at is not None and not as_json:
+        err.print(f"Raters have it since {format_instant(to_micros(relayed.at))}.", highlight=False)
+
+
+def _show(published: Sequence[Published]) -> None:
     table = Table("", "id", "version", "", "counts from (event time)")
     for one in published:
         begins = counts_from(one.valid_from_us) if one.kind in ("meter", "plan") else ""
@@ -43,6 +71,27 @@ def publish_and_show(
     out.print(table)
     new = sum(one.outcome != "unchanged" for one in published)
     err.print(f"{new} published, {len(published) - new} unchanged." if new else "Nothing changed, nothing published.")
+
+
+def _warn(published: Sequence[Published], relayed: Relayed) -> None:
+    """That raters rate without what is published, what follows from that, and what to do."""
+    if relayed.active:
+        why, fix = "the relay runs but has not carried it", "`tally status` and `tally doctor` say what holds it up"
+    else:
+        why, fix = "no relay is running (`tally status`)", "start it: `tally up`, or `tally relay`"
+    replaced = [one.valid_from_us for one in published if one.kind in ("meter", "plan") and one.version > 1]
+    effect = (
+        f"It counts from {format_instant(min(replaced))} anyway: usage from then on that is rated before raters have "
+        "it gets the old price."
+        if replaced
+        else "Until then usage that needs it is refused or parked, or rated as before."
+    )
+    err.print(
+        f"[bold red]WARNING:[/] raters do not have this yet: {why}. {relayed.waiting} of {len(published)} wait. "
+        f"{effect} Now {fix}. The same command again tells whether raters have it.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def show_findings(findings: list[Finding], *, as_json: bool) -> None:

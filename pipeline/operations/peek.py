@@ -7,6 +7,7 @@ from typing import TypeAlias, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from pipeline.infra.kafka import passes
 from pipeline.infra.settings import Settings
 
 #: A topic and a partition of it.
@@ -63,7 +64,7 @@ def peek(
                             consumer.pause([TopicPartition(*place)])
                 elif error.code() == KafkaError._PARTITION_EOF:
                     left.discard(place)
-                elif error.fatal() or not error.retriable():
+                elif not passes(error):
                     raise KafkaException(error)
     finally:
         consumer.close()

@@ -13,7 +13,7 @@ from psycopg.rows import TupleRow
 from pipeline.catalog import store
 from pipeline.catalog.files import Drafts, read_account_files, read_price_files
 from pipeline.catalog.publish import Published, Refused, publish
-from pipeline.core.periods import BEGINNING, to_micros
+from pipeline.core.periods import BEGINNING, format_instant, to_datetime, to_micros
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 
@@ -257,3 +257,117 @@ def test_a_contradiction_to_what_is_published(
 
 def test_accounts_before_any_plan(settings: Settings, accounts: Read) -> None:
     assert refusal(settings, accounts(ACCOUNTS)).endswith("got 'standard': `tally plans publish` comes first")
+
+
+# Contracts and the past: what is rated keeps its price ----------------------------------------------------------------
+
+DAY_US = 24 * HOUR_US
+
+
+def contracts(*items: str) -> str:
+    return "accounts:\n  - id: acme\n    name: Acme\n    contracts:\n" + "".join(f"      - {item}\n" for item in items)
+
+
+def contract(id: str, start_us: int, end_us: int | None = None) -> str:
+    end = "" if end_us is None else f", end: {format_instant(end_us)}"
+    return f"{{id: {id}, plan: standard, start: {format_instant(start_us)}{end}}}"
+
+
+def rate(settings: Settings, contract: str, first_us: int, last_us: int) -> None:
+    """Usage rated under a contract, as the sink writes its line."""
+    with connect(settings.dsn, application="test") as connection:
+        row = connection.execute(
+            "INSERT INTO billing.invoice (account, currency, period_start, period_end) "
+            "VALUES ('acme', 'USD', '2026-01-01', '2026-02-01') RETURNING id"
+        ).fetchone()
+        assert row is not None
+        connection.execute(
+            "INSERT INTO billing.invoice_line (invoice_id, contract, plan, plan_version, price_version, meter, "
+            "meter_version, charge, segment_start, first_event_at, last_event_at) "
+            "VALUES (%s, %s, 'standard', 1, 'standard@1', 'tokens', 1, 'tokens', '2026-01-01', %s, %s)",
+            [row[0], contract, to_datetime(first_us), to_datetime(last_us)],
+        )
+
+
+@pytest.fixture
+def today(settings: Settings, prices: Read) -> int:
+    """A whole second of now; the plan is published."""
+    publish(settings.dsn, prices(PRICES), actor="test")
+    return now_us() // 1_000_000 * 1_000_000
+
+
+def test_a_first_contract_may_begin_in_the_past_and_end_there(settings: Settings, accounts: Read, today: int) -> None:
+    begun = contracts(contract("old", today - 90 * DAY_US, today - 60 * DAY_US), contract("one", today - 60 * DAY_US))
+    assert outcomes(publish(settings.dsn, accounts(begun), actor="test"))[1:] == [("old", 1, "new"), ("one", 1, "new")]
+    # A mistake found before any usage was rated is simply mended.
+    ended = contracts(contract("one", today - 60 * DAY_US, today - 30 * DAY_US))
+    assert outcomes(publish(settings.dsn, accounts(ended), actor="test"))[1:] == [("one", 2, "changed")]
+
+
+def test_a_contract_with_rated_usage_does_not_end_in_the_past(settings: Settings, accounts: Read, today: int) -> None:
+    running = contracts(contract("one", today - 60 * DAY_US))
+    publish(settings.dsn, accounts(running), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - 5 * DAY_US)
+    for end_us in (today - 30 * DAY_US, today - DAY_US, today + 30_000_000):
+        refused = refusal(settings, accounts(contracts(contract("one", today - 60 * DAY_US, end_us))))
+        assert refused.startswith("5: accounts[acme].contracts[one].id: expected an end of ")
+        assert refused.endswith("end it later; rating usage again is not possible yet")
+
+    assert outcomes(publish(settings.dsn, accounts(running), actor="test")) == [
+        ("acme", 1, "unchanged"),
+        ("one", 1, "unchanged"),
+    ]
+    ended = contracts(contract("one", today - 60 * DAY_US, today + DAY_US))
+    assert outcomes(publish(settings.dsn, accounts(ended), actor="test"))[1:] == [("one", 2, "changed")]
+
+
+def test_an_end_before_usage_from_a_clock_ahead_is_refused(settings: Settings, accounts: Read, today: int) -> None:
+    publish(settings.dsn, accounts(contracts(contract("one", today - DAY_US))), actor="test")
+    rate(settings, "one", today - HOUR_US, today + 240_000_000)
+    soon = contracts(contract("one", today - DAY_US, today + 120_000_000))
+    assert f"expected an end of {format_instant(today + 241_000_000)} or later" in refusal(settings, accounts(soon))
+
+
+def test_an_end_that_has_passed_stays_and_may_be_moved_later(settings: Settings, accounts: Read, today: int) -> None:
+    ended = contracts(contract("one", today - 60 * DAY_US, today - 30 * DAY_US))
+    publish(settings.dsn, accounts(ended), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - 31 * DAY_US)
+    assert outcomes(publish(settings.dsn, accounts(ended), actor="test"))[1:] == [("one", 1, "unchanged")]
+    later = contracts(contract("one", today - 60 * DAY_US, today - 10 * DAY_US))
+    assert outcomes(publish(settings.dsn, accounts(later), actor="test"))[1:] == [("one", 2, "changed")]
+
+
+def test_a_renewal_signed_late_covers_what_was_not_rated(settings: Settings, accounts: Read, today: int) -> None:
+    ended = contract("one", today - 60 * DAY_US, today - 3 * DAY_US)
+    publish(settings.dsn, accounts(contracts(ended)), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - 3 * DAY_US - 1)
+    renewed = contracts(ended, contract("two", today - 3 * DAY_US))
+    assert outcomes(publish(settings.dsn, accounts(renewed), actor="test"))[1:] == [
+        ("one", 1, "unchanged"),
+        ("two", 1, "new"),
+    ]
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["new", "planned for later"])
+def test_a_contract_over_rated_usage_is_refused(settings: Settings, accounts: Read, today: int, planned: bool) -> None:
+    """Its time was another contract's when the usage came: a sink that was behind did not show that at its end."""
+    ended = contract("one", today - 60 * DAY_US, today - 30 * DAY_US)
+    before = contracts(ended, *([contract("two", today + DAY_US)] if planned else []))
+    publish(settings.dsn, accounts(before), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - 20 * DAY_US)
+    refused = refusal(settings, accounts(contracts(ended, contract("two", today - 30 * DAY_US))))
+    assert refused.startswith("6: accounts[acme].contracts[two].id: expected a time without rated usage")
+    assert f"while 'one' has usage rated from {format_instant(today - 50 * DAY_US)}" in refused
+    publish(settings.dsn, accounts(contracts(ended, contract("two", today - 19 * DAY_US))), actor="test")
+
+
+def test_a_move_to_another_contract_in_the_past_is_refused_at_both_ends(
+    settings: Settings, accounts: Read, today: int
+) -> None:
+    publish(settings.dsn, accounts(contracts(contract("one", today - 60 * DAY_US))), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - DAY_US)
+    switch = today - 10 * DAY_US
+    moved = accounts(contracts(contract("one", today - 60 * DAY_US, switch), contract("two", switch)))
+    with pytest.raises(Refused) as refused:
+        publish(settings.dsn, moved, actor="test")
+    assert [finding.line for finding in refused.value.findings] == [5, 6]

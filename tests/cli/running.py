@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.infra.settings import Settings
@@ -32,3 +34,14 @@ class Tally:
 
     def json(self, *arguments: object, code: int = 0) -> Any:
         return json.loads(self(*arguments, "--json", code=code).stdout)
+
+    @contextmanager
+    def running(self, command: str) -> Iterator[None]:
+        """A worker beside the test, told to stop at its end."""
+        with subprocess.Popen([sys.executable, "-m", "pipeline.cli", command], env=self._environment) as worker:
+            try:
+                yield
+                assert worker.poll() is None, "the worker ended by itself"
+            finally:
+                worker.terminate()
+                worker.wait(30)

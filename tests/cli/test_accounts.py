@@ -18,11 +18,11 @@ def tally(settings: Settings) -> Tally:
 
 
 def test_apply_list_and_show(tally: Tally) -> None:
-    tally("plans", "publish", PRICES)
-    applied = tally.json("accounts", "apply", ACCOUNTS)["published"]
+    tally("plans", "publish", PRICES, "--wait", 0)
+    applied = tally.json("accounts", "apply", ACCOUNTS, "--wait", 0)["published"]
     assert len(applied) == 24
     assert {one["outcome"] for one in applied} == {"new"}
-    assert "Nothing changed" in tally("accounts", "apply", ACCOUNTS).stderr
+    assert "Nothing changed" in tally("accounts", "apply", ACCOUNTS, "--wait", 0).stderr
 
     listed = tally.json("accounts", "list")
     assert [account["id"] for account in listed] == [f"acct-{number:02}" for number in range(12)]

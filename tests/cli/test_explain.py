@@ -28,7 +28,7 @@ EVENTS_SENT = [("code-0", 499_990), ("code-1", 20), ("code-1", 20), ("code-2", 5
 def tally(settings: Settings) -> Tally:
     """A deployment where code-0 and code-1 are rated, code-1 came twice, code-2 is dead, code-9 not rated yet."""
     tally, rater, prefix = Tally(settings), Rater(settings), settings.topic_prefix
-    tally("plans", "publish", demo_dir() / "prices.yaml")
+    tally("plans", "publish", demo_dir() / "prices.yaml", "--wait", 0)
     producer = Producer(settings.kafka)
     sent = []
     for key, tokens in [*EVENTS_SENT, ("code-9", 1)]:
@@ -188,7 +188,7 @@ plans:
 """
     )
     tally = Tally(settings)
-    tally("plans", "publish", prices)
+    tally("plans", "publish", prices, "--wait", 0)
     rater = Rater(settings)
     with rater.transaction():
         rater.rated(

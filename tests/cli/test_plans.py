@@ -1,9 +1,11 @@
 """``tally plans`` as a user types it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from pipeline.infra.postgres import connect
 from pipeline.infra.resources import demo_dir
 from pipeline.infra.settings import Settings
 
@@ -53,16 +55,18 @@ def test_check_names_every_mistake_with_its_line(tally: Tally, tmp_path: Path) -
 
 
 def test_publish_list_and_show(tally: Tally, tmp_path: Path) -> None:
-    first = tally.json("plans", "publish", PRICES, "--reason", "launch")
+    first = tally.json("plans", "publish", PRICES, "--reason", "launch", "--wait", 0)
     assert [(one["kind"], one["version"], one["valid_from"], one["outcome"]) for one in first["published"]] == [
         ("meter", 1, "1970-01-01T00:00:00Z", "new"),
         ("meter", 1, "1970-01-01T00:00:00Z", "new"),
         ("plan", 1, "1970-01-01T00:00:00Z", "new"),
     ]
-    again = tally("plans", "publish", PRICES)
+    again = tally("plans", "publish", PRICES, "--wait", 0)
     assert "Nothing changed, nothing published." in again.stderr
     cheaper = edited(tmp_path, "0.000015", "0.000014")
-    changed = tally("plans", "publish", cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--reason", "spring")
+    changed = tally(
+        "plans", "publish", cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--reason", "spring", "--wait", 0
+    )
     assert "1 published, 2 unchanged." in changed.stderr
     assert "2100-01-01T00:00:00Z" in changed.stdout
 
@@ -90,7 +94,7 @@ def test_publish_list_and_show(tally: Tally, tmp_path: Path) -> None:
 
 
 def test_a_refused_publication_says_where_and_what_to_do(tally: Tally, tmp_path: Path) -> None:
-    tally("plans", "publish", PRICES)
+    tally("plans", "publish", PRICES, "--wait", 0)
     euros = edited(tmp_path, "currency: USD", "currency: EUR")
     refused = tally("plans", "publish", euros, code=4)
     assert "expected currency USD, as in version 1" in refused.stderr
@@ -102,8 +106,40 @@ def test_a_refused_publication_says_where_and_what_to_do(tally: Tally, tmp_path:
 def test_what_is_not_there(tally: Tally, tmp_path: Path) -> None:
     assert "No plan is published yet" in tally("plans", "list").stderr
     assert "expected a published plan, got 'gold'" in tally("plans", "show", "gold", code=3).stderr
-    tally("plans", "publish", PRICES)
+    tally("plans", "publish", PRICES, "--wait", 0)
     missing = tally("plans", "show", "llm-standard", "--version", 7, code=3).stderr
     assert "expected a version from 1 to 1 of plan 'llm-standard', got 7" in missing
     assert "does not exist" in tally("plans", "check", tmp_path / "none.yaml", code=2).stderr
     assert "expected --valid-from now" in tally("plans", "publish", PRICES, "--valid-from", "soon", code=2).stderr
+
+
+def test_a_publication_without_a_relay_is_a_warning_of_what_follows(tally: Tally, tmp_path: Path) -> None:
+    first = tally("plans", "publish", PRICES, "--wait", 0)
+    assert "WARNING: raters do not have this yet: no relay is running (`tally status`). 3 of 3 wait." in first.stderr
+    assert "Until then usage that needs it is refused or parked" in first.stderr
+    cheaper = edited(tmp_path, "0.000015", "0.000014")
+    changed = tally("plans", "publish", cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--wait", 0).stderr
+    assert "It counts from 2100-01-01T00:00:00Z anyway: usage from then on" in changed
+    assert "start it: `tally up`, or `tally relay`" in changed
+    again = tally("plans", "publish", cheaper, "--wait", 0, "--json")
+    assert json.loads(again.stdout)["relayed"] is False
+    assert "WARNING" in again.stderr, "nothing changed, and raters still do not have it"
+
+
+def test_a_relay_that_is_held_up(tally: Tally, settings: Settings) -> None:
+    with connect(settings.dsn, application="test", autocommit=True) as relay:
+        relay.execute("SELECT pg_advisory_lock(hashtextextended('tally.relay', 0))")
+        said = tally("plans", "publish", PRICES, "--wait", 0).stderr
+    assert "the relay runs but has not carried it" in said
+
+
+def test_a_publication_waits_until_raters_have_it(tally: Tally, settings: Settings) -> None:
+    with tally.running("relay"):
+        assert tally.json("plans", "publish", PRICES, "--wait", 30)["relayed"] is True
+        applied = tally("accounts", "apply", demo_dir() / "accounts.yaml", "--wait", 30).stderr
+    assert "24 published, 0 unchanged.\nRaters have it since 2" in applied
+    with connect(settings.dsn, application="test") as connection:
+        assert connection.execute("SELECT count(*) FROM billing.outbox WHERE relayed_at IS NULL").fetchone() == (0,)
+    # Nobody need be there when nothing waits.
+    again = tally("plans", "publish", PRICES)
+    assert "Raters have it since" in again.stderr and "WARNING" not in again.stderr
