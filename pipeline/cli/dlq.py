@@ -40,7 +40,7 @@ from pipeline.operations.ages import span
 from pipeline.operations.at_risk import estimator
 from pipeline.operations.dead_letters import Origin, Pick, Selection, UnratedEvent
 from pipeline.operations.events import Mend, NotAnEvent, mended, parse_mend, parse_time
-from pipeline.operations.replay import Replayed, ReplayError, replay
+from pipeline.operations.replay import Replayed, ReplayError, not_replayable, replay
 
 #: Origins named before the rest is only counted.
 _NAMED_MAX = 20
@@ -206,7 +206,7 @@ def replay_(
     with _connected(settings) as connection:
         picks = chosen.picks(connection, settings, dead_letters.to_replay, "replay")
         if dry_run:
-            _preview_replay(connection, picks, mend, schemas, as_json=json_)
+            _preview_replay(connection, picks, mend, schemas, Topics(settings.topic_prefix), as_json=json_)
             return
         _confirm(picks, "replay", yes=yes)
         with _progress("replaying", len(picks)) as advance:
@@ -352,12 +352,15 @@ def _preview(picks: Sequence[Pick], would: str, *, as_json: bool) -> None:
 
 
 def _preview_replay(
-    connection: "Connection[Any]", picks: Sequence[Pick], mend: Mend, schemas: Schemas, *, as_json: bool
+    connection: "Connection[Any]", picks: Sequence[Pick], mend: Mend, schemas: Schemas, topics: Topics, *, as_json: bool
 ) -> None:
     """What a replay would send, and what it would cost alone, of the first events that would go."""
     found = dead_letters.find(connection, [pick.origin for pick in picks[:_NAMED_MAX]])
     shown: list[tuple[UnratedEvent, bytes | None, str | None]] = []
     for event in found.values():
+        if problem := not_replayable(event, topics):
+            shown.append((event, None, problem))
+            continue
         try:
             shown.append((event, mended(event.value, mend, schemas) if mend else event.value, None))
         except NotAnEvent as error:

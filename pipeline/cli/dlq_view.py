@@ -15,6 +15,7 @@ from pipeline.core.money import plain
 from pipeline.core.periods import to_datetime
 from pipeline.core.reasons import Reason
 from pipeline.infra.avro import Record, Schemas
+from pipeline.infra.topics import Topics
 from pipeline.operations.ages import age, span
 from pipeline.operations.at_risk import Money
 from pipeline.operations.dead_letters import AtRisk, Decided, Origin, ReasonCount, UnratedEvent
@@ -215,7 +216,10 @@ def table_of(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def short(origin: Origin) -> str:
-    return f"{origin.partition}/{origin.offset}"
+    """The shortest name that the commands take: the topic is said where it is not the events topic."""
+    if origin.topic.endswith(Topics().events):
+        return f"{origin.partition}/{origin.offset}"
+    return str(origin)
 
 
 def _clipped(text: str, width: int) -> str:

@@ -20,6 +20,7 @@ from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, Topi
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
 from pipeline.infra import embedded
+from pipeline.infra.kafka import passes
 from pipeline.infra.postgres import connect, pending
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import TopicMismatch, Topics, check_topics
@@ -33,14 +34,6 @@ OFFSETS_KEPT_MIN_MINUTES = 37 * 24 * 60
 _KEPT = "offsets.retention.minutes"
 #: Time for each service to answer, seconds.
 _TIMEOUT = 10
-#: Refusals that pass by themselves while a leader or coordinator is being chosen.
-_PASSING = (
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
-    KafkaError.COORDINATOR_NOT_AVAILABLE,
-    KafkaError.NOT_COORDINATOR,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +168,7 @@ def _asked(check: str, ask: Callable[[], Finding]) -> Finding:
             return ask()
         except KafkaException as error:
             reason: KafkaError = error.args[0]
-            if reason.code() not in _PASSING or time.monotonic() > deadline:
+            if not passes(reason) or time.monotonic() > deadline:
                 fix = "the broker's log says why; `tally doctor` again when it is settled"
                 return Finding(check, False, reason.str(), "an answer", fix)
             time.sleep(0.2)

@@ -38,13 +38,15 @@ class Origin(NamedTuple):
 def parse_origin(text: str, topics: Topics) -> Origin:
     """An origin as people write it: ``usage.events/2/17``, with or without the deployment's prefix, or ``2/17``.
 
-    Raises ValueError.
+    What somebody else wrote to the retry topic has its origin there: ``usage.retry/2/17``. Raises ValueError.
     """
     match text.split("/"):
         case [partition, offset] if _is_number(partition) and _is_number(offset):
             return Origin(topics.events, int(partition), int(offset))
         case [("usage.events" | topics.events), partition, offset] if _is_number(partition) and _is_number(offset):
             return Origin(topics.events, int(partition), int(offset))
+        case [("usage.retry" | topics.retry), partition, offset] if _is_number(partition) and _is_number(offset):
+            return Origin(topics.retry, int(partition), int(offset))
     raise ValueError(f"expected an origin such as {topics.events}/2/17 or 2/17 (partition/offset), got {text!r}")
 
 

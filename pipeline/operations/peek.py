@@ -48,12 +48,8 @@ def peek(
         consumer.assign([TopicPartition(*place, offset) for place, offset in starts.items()])
         heard = time.monotonic()
         while left:
-            messages = consumer.consume(500, 0.1)
-            if messages:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > silence_s:
-                raise TimeoutError(f"Kafka said nothing for {silence_s:g} s about {len(left)} partitions")
-            for message in messages:
+            said_something = False
+            for message in consumer.consume(500, 0.1):
                 place, error = place_of(message), message.error()
                 if error is None:
                     if place in left:
@@ -64,7 +60,14 @@ def peek(
                             consumer.pause([TopicPartition(*place)])
                 elif error.code() == KafkaError._PARTITION_EOF:
                     left.discard(place)
-                elif not passes(error):
+                elif passes(error):
+                    continue
+                else:
                     raise KafkaException(error)
+                said_something = True
+            if said_something:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > silence_s:
+                raise TimeoutError(f"Kafka said nothing for {silence_s:g} s about {len(left)} partitions")
     finally:
         consumer.close()

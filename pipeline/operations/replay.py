@@ -52,7 +52,7 @@ class Replayed:
     finished: list[Origin] = field(default_factory=list)
     #: No dead letter any more when their turn came.
     moved_on: list[Origin] = field(default_factory=list)
-    #: Could not be mended, and why; not replayed.
+    #: Not replayed, and why: could not be mended, or no usage event.
     refused: list[tuple[Origin, str]] = field(default_factory=list)
 
 
@@ -99,6 +99,17 @@ def replay(
     return result
 
 
+def not_replayable(event: UnratedEvent, topics: Topics) -> str | None:
+    """Why this can never be replayed, whatever its state; None when it may.
+
+    Only what arrived on the events topic is usage. What somebody else wrote to the retry topic is refused by the rater
+    like any event; a replay would give it a letter, and with that a place among the arrivals it never had.
+    """
+    if event.origin_topic == topics.events:
+        return None
+    return f"is no usage event: it arrived on {event.origin_topic}, not on {topics.events}: discard it"
+
+
 # -- step 1
 
 
@@ -139,6 +150,9 @@ def _decide(
         result.moved_on += (pick.origin for pick in portion if pick.origin not in found)
         known = _known_accounts(connection, events) if "account" in decision.mend.fields else set()
         for event in events:
+            if problem := not_replayable(event, topics):
+                result.refused.append((event.origin, problem))
+                continue
             if event.account in known:
                 result.refused.append((event.origin, f"{_OTHER_ACCOUNT}, and {event.account} is known"))
                 continue

@@ -147,6 +147,18 @@ def test_parked_events_are_not_replayed(world: World, tally: Tally) -> None:
     assert "unknown_account" in tally("status").stdout
 
 
+def test_garbage_on_the_retry_topic_is_named_by_it(world: World, tally: Tally) -> None:
+    garbage = world.raw(b"\xff" * 40, topic=world.topics.retry)
+    refused(world, garbage)
+    assert str(garbage) in tally("dlq", "list").stdout
+    [shown] = tally.json("dlq", "replay", str(garbage), "--dry-run")["shown"]
+    assert "is no usage event" in shown["problem"]
+    assert "is no usage event" in tally("dlq", "replay", "--all", "--why", "try", code=1).stderr
+    named = f"usage.retry/{short(garbage)}"
+    assert tally.json("dlq", "discard", named, "--why", "garbage")["discarded"] == [str(garbage)]
+    assert tally.json("dlq", "replay", "--all", "--why", "none left")["replayed"] == []
+
+
 def test_wrong_usage(settings: Settings, tally: Tally) -> None:
     for arguments, said in (
         (("dlq", "show", "17"), "expected an origin such as"),

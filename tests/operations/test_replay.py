@@ -245,3 +245,21 @@ def test_money_at_risk_is_the_event_priced_alone(world: World) -> None:
     assert estimate(world.row(stranger)["value"]) is None
     money = estimate(world.row(old)["value"])
     assert money is not None and money.amount == Decimal("1.65003") and money.currency == "USD"
+
+
+def test_what_was_written_to_the_retry_topic_is_no_usage_event(world: World) -> None:
+    garbage = world.raw(b"\xff" * 40, topic=world.topics.retry)
+    bad = world.event("bad", input_tokens="many")
+    with world.rater(), world.sink():
+        is_dead(world, garbage, bad)
+        done = replayed(world, garbage, bad)
+        assert done.sent == [bad]
+        assert done.refused == [
+            (
+                garbage,
+                f"is no usage event: it arrived on {world.topics.retry}, not on {world.topics.events}: discard it",
+            )
+        ]
+        assert (world.state(garbage), world.row(garbage)["replays"]) == ("dead_lettered", 0)
+        chosen = dead_letters.to_discard(world.connection, Selection(reason="undecodable"))
+        assert dead_letters.discard(world.connection, chosen, actor="ada", why="a test") == [garbage]

@@ -108,10 +108,11 @@ class World:
         }
         return self.raw(SCHEMAS.encode(EVENTS, record), account)
 
-    def raw(self, value: bytes, account: str = "acct-1") -> Origin:
+    def raw(self, value: bytes, account: str = "acct-1", topic: str | None = None) -> Origin:
+        """Write any bytes, on the events topic unless told; where they arrived."""
         places: list[Origin] = []
         self._producer.produce(
-            self.topics.events,
+            topic or self.topics.events,
             value,
             account,
             partition_of(account.encode(), self.settings.partitions),
