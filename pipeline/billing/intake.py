@@ -15,8 +15,9 @@ from pipeline.billing.rated import Malformed, Row, reader
 from pipeline.billing.receipts import Receipt
 from pipeline.billing.unrated import Letter, Resolution
 from pipeline.core.periods import to_datetime
-from pipeline.infra.avro import DEAD_LETTER, FRAME_BYTES, RECEIPTS, Record, Schemas, frame
+from pipeline.infra.avro import DEAD_LETTER, RECEIPTS, Record, Schemas, frame
 from pipeline.infra.topics import Topics
+from pipeline.infra.wire import FRAME_BYTES
 
 #: A topic and a partition of it.
 Place: TypeAlias = tuple[str, int]

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.infra.avro import FRAME_BYTES, RATED, Schemas, frame
+from pipeline.infra.avro import RATED, Schemas, frame
+from pipeline.infra.wire import FRAME_BYTES
 
 KINDS = ("usage", "void", "correction")
 _IDENTITY_BYTES = 16

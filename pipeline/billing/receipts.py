@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
+from pipeline.core.usage import SEQUENCE_BLOCK
 from pipeline.infra.avro import Record
-
-SEQUENCE_BLOCK = 1000
 
 
 class Receipt(NamedTuple):

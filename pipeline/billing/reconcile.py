@@ -23,9 +23,9 @@ from psycopg import Connection
 from pipeline.billing.broker import Log, Run, count_records, logs
 from pipeline.billing.intake import Place
 from pipeline.billing.prices import NoPrice, Prices
-from pipeline.billing.receipts import SEQUENCE_BLOCK
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decimal, plain, scaled
 from pipeline.core.periods import format_instant, to_micros
+from pipeline.core.usage import SEQUENCE_BLOCK
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics

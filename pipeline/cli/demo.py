@@ -50,6 +50,8 @@ _MARK = "tally-demo"
 _USAGE_FILE = "llm_requests_code.csv"
 #: Everything has to be billed by then; a cold, slow machine takes a tenth of it. Seconds.
 _PATIENCE = 180.0
+#: The last rows may be this long behind the last receipt. Seconds.
+_SETTLED = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def demo(
             topic_prefix="",
             partitions=4,
         )
-        report = _run(settings, started, human=not json)
+        report = _run(settings, started)
         if keep:
             processes.start_detached(
                 workers(settings, raters=1, sinks=1), directory, log_dir=directory / "logs", env=worker_env(settings)
@@ -108,7 +110,7 @@ def _start_fresh(directory: Path) -> None:
     (directory / _MARK).touch()
 
 
-def _run(settings: Settings, started: float, *, human: bool) -> "Report":
+def _run(settings: Settings, started: float) -> "Report":
     _say("preparing database, topics, prices and accounts")
     migrate(settings.dsn)
     ensure_topics(settings)
@@ -122,7 +124,7 @@ def _run(settings: Settings, started: float, *, human: bool) -> "Report":
         with WorkerGroup(others, log_dir, worker_env(settings)):
             received, specials = _send(settings)
             _watch(connection, received, log_dir, others)
-            result = _await_reconciled(settings)
+            result = reconcile(settings, wait_s=_SETTLED)
             return _report(connection, result, received, specials, started)
 
 
@@ -228,16 +230,6 @@ def _watch(connection: "Connection[Any]", received: int, log_dir: Path, running:
                 names = ", ".join(worker.name for worker in running)
                 raise CommandError(f"{done} of {received} records after {_PATIENCE:.0f} s: see {names} in {log_dir}")
             time.sleep(0.1)
-
-
-def _await_reconciled(settings: Settings) -> Reconciliation:
-    """The last rows may be a moment behind the last receipt; a parked event keeps the retry topic moving."""
-    deadline = time.monotonic() + 30
-    while True:
-        result = reconcile(settings)
-        if (result.reconciled and not result.lag) or time.monotonic() > deadline:
-            return result
-        time.sleep(0.2)
 
 
 def _count(connection: "Connection[Any]", query: str) -> int:

@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 
 from pipeline.core.reasons import Rejection
 
+#: Sequence numbers are kept as bit maps of this many: in receipts, and in PostgreSQL.
+SEQUENCE_BLOCK = 1000
+
 
 class Record(Protocol):
     """An event's bytes and where they first arrived on ``usage.events``. What Kafka clients hand out fits as it is."""

@@ -15,9 +15,9 @@ import fastavro
 from fastavro.types import Schema
 
 from pipeline.infra.resources import schemas_dir
+from pipeline.infra.wire import FRAME_BYTES
 
 MAGIC = 0
-FRAME_BYTES = 5
 
 Record = dict[str, Any]
 

@@ -18,8 +18,8 @@ from pipeline.core.meters import Meter, compile_measure
 from pipeline.core.money import amount_decimal
 from pipeline.core.periods import to_micros
 from pipeline.core.reasons import Rejection
-from pipeline.infra.avro import EVENTS, FRAME_BYTES, Schemas, frame
-from pipeline.infra.wire import Malformed, read_event
+from pipeline.infra.avro import EVENTS, Schemas, frame
+from pipeline.infra.wire import FRAME_BYTES, Malformed, read_event
 
 
 class Money(NamedTuple):

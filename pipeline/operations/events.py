@@ -14,7 +14,8 @@ import fastavro
 from fastavro.types import Schema
 
 from pipeline.core.periods import to_datetime, to_micros
-from pipeline.infra.avro import EVENTS, FRAME_BYTES, Record, Schemas, frame
+from pipeline.infra.avro import EVENTS, Record, Schemas, frame
+from pipeline.infra.wire import FRAME_BYTES
 
 #: Fields of the event itself that a mend may set; every other name is a property.
 MENDABLE = ("account", "event_type", "timestamp", "subject")

@@ -15,7 +15,8 @@ from typing import Any, cast
 import fastavro
 from fastavro.types import Schema
 
-from pipeline.infra.avro import EVENTS, FRAME_BYTES, load_schemas
+from pipeline.infra.avro import EVENTS, load_schemas
+from pipeline.infra.wire import FRAME_BYTES
 
 
 @cache

@@ -274,7 +274,6 @@ def _config(settings: Settings, topics: Topics) -> RaterConfig:
         topics=topics,
         schemas=schemas,
         shape=Shape(topics.events, settings.partitions, _frames(schemas)),
-        partitions=settings.partitions,
         batch_records=settings.batch_records,
         state_dir=settings.data_dir / "rater" / (settings.topic_prefix or "default"),
         stamp=stamp,

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from pipeline.core.reasons import Reason, Rejection, Stage
-from pipeline.core.usage import Event, ParkedRecord, Record, Refused
+from pipeline.core.usage import SEQUENCE_BLOCK, Event, ParkedRecord, Record, Refused
 from pipeline.infra.wire import text, zigzag
 from pipeline.rating.accept import accept
 from pipeline.rating.dedupe import dedupe, waves
@@ -26,7 +26,6 @@ class StateFailed(Exception):
 #: Raised on, whatever event was in hand: the worker stops and starts again.
 NO_EVENTS_FAULT = (StateFailed, OSError, MemoryError)
 
-SEQUENCE_BLOCK = 1000
 #: Parked events are tried again for this long, then dead-lettered.
 RETRY_FOR_MS = 7 * 24 * 60 * 60 * 1000
 RETRY_FIRST_MS = 1_000

@@ -65,7 +65,6 @@ class RaterConfig:
     topics: Topics
     schemas: Schemas
     shape: Shape
-    partitions: int
     batch_records: int
     state_dir: Path
     stamp: dict[str, str]
@@ -99,7 +98,6 @@ class PartitionRater(threading.Thread):
         feed: CatalogFeed,
         listener: PartitionListener,
         *,
-        process_batch: Callable[..., Outcome] = process,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         super().__init__(name=f"partition-{partition}", daemon=True)
@@ -109,7 +107,6 @@ class PartitionRater(threading.Thread):
         self._config = config
         self._feed = feed
         self._listener = listener
-        self._process = process_batch
         self._on_step = on_step
         self._queues: dict[Source, deque[Fetched]] = {source: deque() for source in Source}
         self._queued = dict.fromkeys(Source, 0)
@@ -183,7 +180,7 @@ class PartitionRater(threading.Thread):
                 topics=config.topics,
                 schemas=config.schemas,
                 partition=self.partition,
-                partitions=config.partitions,
+                partitions=config.shape.partitions,
                 worker=config.worker,
                 stopped=lambda: self._stopping,
                 on_step=self._on_step,
@@ -206,7 +203,7 @@ class PartitionRater(threading.Thread):
             started = time.monotonic()
             view = self._feed.view
             try:
-                outcome = self._process(batch, state, view, self._config.shape)
+                outcome = process(batch, state, view, self._config.shape)
             except NO_EVENTS_FAULT:
                 raise
             except Exception as error:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pipeline.core.charges import Charge, Tier
 from pipeline.core.meters import Filter
 from pipeline.core.reasons import Reason
-from pipeline.infra.avro import FRAME_BYTES, RATED
+from pipeline.infra.avro import RATED
 from pipeline.infra.resources import schemas_dir
-from pipeline.infra.wire import read_event
+from pipeline.infra.wire import FRAME_BYTES, read_event
 from tests.rating.world import (
     DAY_US,
     NOW_MS,
