@@ -12,12 +12,8 @@ SEQUENCE_BLOCK = 1000
 
 
 class Record(Protocol):
-    """An event's bytes and where they first arrived on ``usage.events``. What Kafka clients hand out fits as it is."""
+    """An event's bytes and where they stand in their partition. What Kafka clients hand out fits as it is."""
 
-    @property
-    def topic(self) -> str: ...
-    @property
-    def partition(self) -> int: ...
     @property
     def offset(self) -> int: ...
     @property

@@ -7,7 +7,6 @@ partition, so growing it is a migration, not a setting.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from aiokafka.partitioner import murmur2
 from confluent_kafka import KafkaError, KafkaException
@@ -214,7 +213,6 @@ def _suffices(name: str, found: str | None, wanted: str) -> bool:
     return int(found) >= int(wanted) or (name == "retention.ms" and found == "-1")
 
 
-@lru_cache(maxsize=1 << 20)
 def partition_of(account: bytes, partitions: int) -> int:
     """Partition of an account: murmur2 as Java's default partitioner and librdkafka's ``murmur2_random`` have it."""
     return int(murmur2(account) & 0x7FFFFFFF) % partitions

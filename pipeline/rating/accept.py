@@ -3,13 +3,19 @@
 Judges each record by itself. Age is the broker's append time against the event's own time; no clock is asked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, Record, Refused
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
 from pipeline.infra.wire import FRAME_BYTES, Malformed, UnstorableText, read_event
+
+accept_plain: Callable[..., int] | None
+try:
+    from pipeline.rating.fastpath import accept_plain
+except ImportError:  # installed without a C compiler: slower, the same in all else
+    accept_plain = None
 
 #: How far an event's time may lie before its arrival (law 5).
 AGE_MAX_US = 35 * 24 * 60 * 60 * 1_000_000
@@ -21,6 +27,10 @@ EVENT_TYPE_BYTES_MAX = 128
 #: A receipt names the sources of a whole batch and has to fit into one record.
 SOURCE_BYTES_MAX = 255
 
+
+#: Partition of each account met, per partition count: at most this many, then it is learned anew.
+_HOMES_MAX = 1 << 20
+_homes: dict[int, dict[bytes, int]] = {}
 
 #: Past a named tuple's own constructor, which costs twice as much.
 _new = tuple.__new__
@@ -36,18 +46,27 @@ class Accepted(NamedTuple):
 
 
 def accept(
-    records: Sequence[Record], *, partition: int, partitions: int, frames: Mapping[bytes, bytes], own_only: bool = False
+    records: list[Record], *, partition: int, partitions: int, frames: dict[bytes, bytes], own_only: bool = False
 ) -> Accepted:
     """Decode records and check shape, place and time window.
 
+    ``fastpath`` takes what is plain where it was compiled; what it leaves is judged here, record by record.
     ``frames`` holds the five framing bytes of every known usage-event schema. With ``own_only`` a record need not
     carry its account as Kafka key (one that came back through retry was keyed again on the way).
     """
     events: list[Event] = []
     refused: list[Refused] = []
     arrived: list[tuple[bytes, int]] = []
+    homes = _homes.setdefault(partitions, {})
     keep = events.append
-    for record in records:
+    at, end = 0, len(records)
+    while True:
+        if accept_plain is not None:
+            at = accept_plain(records, at, frames, homes, partition, own_only, _LIMITS, events, arrived)
+        if at == end:
+            break
+        record = records[at]
+        at += 1
         value = record.value
         if value is None or value[:FRAME_BYTES] not in frames or len(value) > EVENT_BYTES_MAX:
             refused.append(Refused(record, _not_an_event(value, frames)))
@@ -72,7 +91,7 @@ def accept(
             and 0 < len(event_type) <= EVENT_TYPE_BYTES_MAX
             and sequence >= 0
             and len(source) <= SOURCE_BYTES_MAX
-            and partition_of(account, partitions) == partition
+            and _home(account, partitions, homes) == partition
             and (own_only or record.key == account)
         ):
             keep(_new(Event, (record, identity, payload, key, account, event_type, timestamp_us, properties)))
@@ -80,6 +99,26 @@ def accept(
         rejection = _judge(record, key, account, event_type, ahead_us, source, sequence, partition, partitions)
         refused.append(Refused(record, rejection, account, key, event_type, timestamp_us))
     return Accepted(events, refused, arrived)
+
+
+_LIMITS = (
+    AGE_MAX_US,
+    AHEAD_MAX_US,
+    EVENT_BYTES_MAX,
+    KEY_BYTES_MAX,
+    ACCOUNT_BYTES_MAX,
+    EVENT_TYPE_BYTES_MAX,
+    SOURCE_BYTES_MAX,
+)
+
+
+def _home(account: bytes, partitions: int, homes: dict[bytes, int]) -> int:
+    home = homes.get(account)
+    if home is None:
+        if len(homes) >= _HOMES_MAX:
+            homes.clear()
+        home = homes[account] = partition_of(account, partitions)
+    return home
 
 
 def _not_an_event(value: bytes | None, frames: Mapping[bytes, bytes]) -> Rejection:

@@ -5,7 +5,7 @@ here becomes true only when ``pipeline.rating.commit`` has committed it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -17,6 +17,12 @@ from pipeline.rating.accept import accept
 from pipeline.rating.dedupe import dedupe, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
+
+sequence_blocks: Callable[[list[tuple[bytes, int]], int], dict[tuple[bytes, int], int]] | None
+try:
+    from pipeline.rating.fastpath import sequence_blocks
+except ImportError:  # installed without a C compiler: slower, the same in all else
+    sequence_blocks = None
 
 
 class StateFailed(Exception):
@@ -47,7 +53,7 @@ class Batch:
     partition: int
     first_offset: int
     next_offset: int
-    records: Sequence[Record]
+    records: list[Record]
     #: The worker's clock, for back-off only: age is judged by the broker's append time.
     now_ms: int
 
@@ -67,7 +73,7 @@ class Shape(NamedTuple):
 
     origin_topic: str
     partitions: int
-    frames: Mapping[bytes, bytes]
+    frames: dict[bytes, bytes]
 
 
 @dataclass(slots=True)
@@ -82,9 +88,13 @@ class Outcome:
     #: Parked records whose time has not come: written back unchanged.
     waiting: list[ParkedRecord] = field(default_factory=list)
     totals: dict[bytes, int] = field(default_factory=dict)
-    seen: dict[bytes, bytes] = field(default_factory=dict)
     sequences: dict[tuple[bytes, int], int] = field(default_factory=dict)
     latest_event_us: int | None = None
+
+    @property
+    def seen(self) -> dict[bytes, bytes]:
+        """Identities that this batch used up, with their payloads."""
+        return {event.identity: event.payload for event in self.rated}
 
     @property
     def records(self) -> int:
@@ -94,27 +104,32 @@ class Outcome:
 class Overlay:
     """The state as it will be once the batch is committed: what the batch did, over what was there."""
 
-    def __init__(self, state: State, outcome: Outcome) -> None:
-        self._state, self._outcome = state, outcome
+    def __init__(self, state: State, totals: Mapping[bytes, int]) -> None:
+        self._state, self._totals = state, totals
+        self._seen: dict[bytes, bytes] = {}
+
+    def remember(self, rated: Iterable[Event]) -> None:
+        """These identities are used up from now on."""
+        self._seen.update((event.identity, event.payload) for event in rated)
 
     def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
-        below, seen = self._state.known(identities), self._outcome.seen
+        below, seen = self._state.known(identities), self._seen
         if not seen:
             return below
         return [seen.get(identity, payload) for identity, payload in zip(identities, below, strict=True)]
 
     def quantity(self, counter: bytes) -> int | None:
-        moved = self._outcome.totals.get(counter)
+        moved = self._totals.get(counter)
         return self._state.quantity(counter) if moved is None else moved
 
 
 def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcome:
     """Take one partition batch to everything that must be committed. Pure: same arguments, same result."""
     outcome = Outcome()
-    overlay = Overlay(state, outcome)
-    context = RowContext(shape.frames, text(shape.origin_topic), zigzag(view.offset))
+    overlay = Overlay(state, outcome.totals)
+    context = RowContext(shape.frames, text(shape.origin_topic), zigzag(batch.partition), zigzag(view.offset))
 
-    records: Sequence[Record] = batch.records
+    records = batch.records
     if batch.source is Source.RETRY:
         records, outcome.waiting, outcome.dead = _split_due(batch, view, shape)
     events, refused, arrived = accept(
@@ -129,14 +144,16 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
         outcome.sequences = _sequence_blocks(arrived)
     if events:
         outcome.latest_event_us = max(event.timestamp_us for event in events)
-    for wave in waves(events):  # one, unless an identity stands twice in the batch
+    split = waves(events)  # one, unless an identity stands twice in the batch
+    for wave in split:
         fresh, repeats, conflicts = dedupe(wave, overlay.known([event.identity for event in wave]))
         known, unknown = enrich(fresh, view)
         rows, rated, unpriced = rate(known, outcome.totals, overlay, context)
         outcome.rows += rows
         outcome.rated += rated
         outcome.repeats += repeats
-        outcome.seen.update((event.identity, event.payload) for event in rated)
+        if wave is not split[-1]:
+            overlay.remember(rated)
         _sort_out(conflicts + unknown + unpriced, batch, outcome)
     return outcome
 
@@ -148,7 +165,7 @@ def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape
     is no event's fault (the disk, memory) is raised: it must stop the worker, not fill the dead-letter topic.
     """
     whole = Outcome()
-    overlay = Overlay(state, whole)
+    overlay = Overlay(state, whole.totals)
     errors: list[Exception] = []
     for record in batch.records:
         one = replace(batch, records=[record])
@@ -168,7 +185,7 @@ def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape
         whole.dead += part.dead
         whole.waiting += part.waiting
         whole.totals.update(part.totals)
-        whole.seen.update(part.seen)
+        overlay.remember(part.rated)
         for block, bits in part.sequences.items():
             whole.sequences[block] = whole.sequences.get(block, 0) | bits
         if part.latest_event_us is not None:
@@ -239,6 +256,8 @@ def _sort_out(refused: Iterable[Refused], batch: Batch, outcome: Outcome) -> Non
 
 def _sequence_blocks(arrived: list[tuple[bytes, int]]) -> dict[tuple[bytes, int], int]:
     """Bit maps of the sequence numbers that arrived, per source and block of 1,000; 0 means unknown and is left out."""
+    if sequence_blocks is not None:
+        return sequence_blocks(arrived, SEQUENCE_BLOCK)
     by_source: defaultdict[bytes, list[int]] = defaultdict(list)
     for source, sequence in arrived:
         by_source[source].append(sequence)

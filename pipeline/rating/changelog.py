@@ -7,7 +7,7 @@
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline.core.usage import Event
 from pipeline.infra.wire import IDENTITY_BYTES, PAYLOAD_BYTES
@@ -36,8 +36,10 @@ def expiry_day(appended_ms: int, rated_ms: int) -> int:
     return day_of(max(appended_ms, rated_ms)) + SEEN_DAYS + 2
 
 
-def by_expiry(rated: Iterable[Event], rated_ms: int) -> dict[int, list[bytes]]:
+def by_expiry(rated: Sequence[Event], rated_ms: int) -> dict[int, list[bytes]]:
     """Entries (identity and payload) of events rated at a time, by the day they expire."""
+    if rated and max([event.record.timestamp for event in rated]) <= rated_ms:  # always, if clocks agree
+        return {expiry_day(0, rated_ms): [event.identity + event.payload for event in rated]}
     days: defaultdict[int, list[bytes]] = defaultdict(list)
     for event in rated:
         days[expiry_day(event.record.timestamp, rated_ms)].append(event.identity + event.payload)

@@ -185,19 +185,19 @@ class Committer:
 
     def _produce_letters(self, batch: Batch, outcome: Outcome, catalog_offset: int) -> None:
         for refused in outcome.dead:
-            letter = self._letter(refused, batch.now_ms, catalog_offset, not_before_ms=0)
+            letter = self._letter(refused, batch, catalog_offset, not_before_ms=0)
             key = refused.account or (refused.record.key or b"")[:_KEY_KEPT] or None
             self._produce(self._topics.dead_letter, letter, key, self._partition)
         for refused in outcome.parked:
             # On its own partition it can be tried at once; there it waits, longer each time.
             home = partition_of(refused.account or b"", self._partitions)
             due_ms = not_before_ms(_attempts(refused), batch.now_ms) if home == self._partition else batch.now_ms
-            letter = self._letter(refused, batch.now_ms, catalog_offset, not_before_ms=due_ms)
+            letter = self._letter(refused, batch, catalog_offset, not_before_ms=due_ms)
             self._produce(self._topics.retry, letter, refused.account, home)
         for record in outcome.waiting:
             self._produce(self._topics.retry, record.letter, record.letter_key, self._partition)
 
-    def _letter(self, refused: Refused, now_ms: int, catalog_offset: int, *, not_before_ms: int) -> bytes:
+    def _letter(self, refused: Refused, batch: Batch, catalog_offset: int, *, not_before_ms: int) -> bytes:
         record, rejection = refused.record, refused.rejection
         parked = record if isinstance(record, ParkedRecord) else None
         key, key_cut = _kept("key", record.key, _KEY_KEPT)
@@ -205,8 +205,8 @@ class Committer:
         return self._schemas.encode(
             DEAD_LETTER,
             {
-                "origin_topic": record.topic,
-                "origin_partition": record.partition,
+                "origin_topic": parked.topic if parked else self._source(batch),
+                "origin_partition": parked.partition if parked else self._partition,
                 "origin_offset": record.offset,
                 "origin_appended_at": record.timestamp,
                 "stage": rejection.stage.value,
@@ -214,7 +214,7 @@ class Committer:
                 "message": rejection.message + key_cut + value_cut,
                 "attempts": _attempts(refused),
                 "replays": parked.replays if parked else 0,
-                "parked_at": parked.parked_at_ms if parked else now_ms,
+                "parked_at": parked.parked_at_ms if parked else batch.now_ms,
                 "not_before": not_before_ms,
                 "catalog_offset": catalog_offset,
                 "account": _text(refused.account),

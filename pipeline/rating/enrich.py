@@ -14,6 +14,12 @@ from pipeline.core.reasons import Rejection
 from pipeline.core.usage import Event, Refused
 from pipeline.infra.wire import text, zigzag
 
+enrich_plain: Callable[..., int] | None
+try:
+    from pipeline.rating.fastpath import enrich_plain
+except ImportError:  # installed without a C compiler: slower, the same in all else
+    enrich_plain = None
+
 _USAGE = zigzag(0)  # first symbol of EntryKind
 
 
@@ -68,10 +74,11 @@ class TermsView:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
         self.offset = catalog.offset
-        self._spans: dict[tuple[bytes, bytes], list[RatingTerms]] = {}
+        #: What was looked up so far, by account and event type, newest span first.
+        self.spans: dict[tuple[bytes, bytes], list[RatingTerms]] = {}
 
     def find(self, account: bytes, event_type: bytes, at_us: int) -> RatingTerms | Rejection:
-        spans = self._spans.get((account, event_type))
+        spans = self.spans.get((account, event_type))
         if spans is not None:
             for terms in spans:
                 if terms.start_us <= at_us < terms.end_us:
@@ -82,7 +89,7 @@ class TermsView:
         priced = tuple(Priced(found, charge, meter) for charge, meter in found.priced)
         terms = RatingTerms(found.start_us, found.end_us, found.segment.period.end_us, priced)
         # Newest span first: live events ask for it, late ones look further.
-        self._spans.setdefault((account, event_type), []).insert(0, terms)
+        self.spans.setdefault((account, event_type), []).insert(0, terms)
         return terms
 
 
@@ -91,7 +98,14 @@ def enrich(events: list[Event], view: TermsView) -> tuple[list[tuple[Event, Rati
     known: list[tuple[Event, RatingTerms]] = []
     refused: list[Refused] = []
     find = view.find
-    for event in events:
+    at, end = 0, len(events)
+    while True:
+        if enrich_plain is not None:
+            at = enrich_plain(events, at, view.spans, known)
+        if at == end:
+            break
+        event = events[at]
+        at += 1
         terms = find(event.account, event.event_type, event.timestamp_us)
         if type(terms) is RatingTerms:
             known.append((event, terms))

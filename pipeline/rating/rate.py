@@ -4,13 +4,19 @@ Rating is a difference (law 3): an event's amount is ``price(after) - price(befo
 An event is rated for all its charges or for none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from pipeline.core.reasons import Reason, Rejection, Stage
-from pipeline.core.usage import Event, Refused
+from pipeline.core.usage import Event, ParkedRecord, Refused
 from pipeline.infra.wire import FRAME_BYTES, decimal, zigzag
 from pipeline.rating.enrich import Priced, RatingTerms
+
+rate_plain: Callable[..., int] | None
+try:
+    from pipeline.rating.fastpath import rate_plain
+except ImportError:  # installed without a C compiler: slower, the same in all else
+    rate_plain = None
 
 #: decimal(38, …) of the rated row: one digit more does not fit.
 _FITS = 10**38
@@ -33,25 +39,36 @@ class RowContext(NamedTuple):
     """What all rows of a batch share."""
 
     #: framing bytes of the incoming event → those of the rated row that embeds it
-    frames: Mapping[bytes, bytes]
+    frames: dict[bytes, bytes]
     origin_topic: bytes  #: encoded
+    partition: bytes  #: encoded: where a record arrived that was never parked
     catalog_offset: bytes  #: encoded
 
 
 def rate(
     known: list[tuple[Event, RatingTerms]], totals: dict[bytes, int], state: Quantities, context: RowContext
 ) -> Rated:
-    """Price events in order. ``totals`` (the batch's running quantities) moves on, ``state`` is only read."""
+    """Price events in order. ``totals`` (the batch's running quantities) moves on, ``state`` is only read.
+
+    ``fastpath`` takes what is plain where it was compiled; what it leaves is priced here, event by event.
+    """
     rows: list[tuple[bytes, bytes]] = []
     events: list[Event] = []
     refused: list[Refused] = []
     add_row = rows.append
     running = totals.get
-    frames, origin_topic, catalog_offset = context
-    # Most rows of a batch share their partition, many their append time: encoded once.
-    partition, partition_bytes = -1, b""
+    frames, origin_topic, partition, catalog_offset = context
+    origin = origin_topic + partition
+    # Many rows of a batch share their append time: encoded once.
     last_ms, last_ms_bytes = -1, b""
-    for event, terms in known:
+    at, end = 0, len(known)
+    while True:
+        if rate_plain is not None:
+            at = rate_plain(known, at, totals, state.quantity, frames, origin, catalog_offset, _FITS, rows, events)
+        if at == end:
+            break
+        event, terms = known[at]
+        at += 1
         record, identity, _, _, account, _, _, properties = event
         measured: list[tuple[Priced, int]] = []
         rejection: Rejection | None = None
@@ -96,14 +113,12 @@ def rate(
                     appended_ms = record.timestamp
                     if appended_ms != last_ms:
                         last_ms, last_ms_bytes = appended_ms, zigzag(appended_ms)
-                    if record.partition != partition:
-                        partition, partition_bytes = record.partition, zigzag(record.partition)
+                    came = origin_topic + zigzag(record.partition) if isinstance(record, ParkedRecord) else origin
                     head = b"".join(
                         (
                             frames[value[:FRAME_BYTES]],
                             value[FRAME_BYTES:],
-                            origin_topic,
-                            partition_bytes,
+                            came,
                             zigzag(record.offset),
                             last_ms_bytes,
                             identity,

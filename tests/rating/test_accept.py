@@ -25,7 +25,7 @@ MINUTE_US = 60_000_000
 
 
 def judged(*records: Message, own_only: bool = False) -> Accepted:
-    return accept(records, partition=HOME, partitions=PARTITIONS, frames=SHAPE.frames, own_only=own_only)
+    return accept(list(records), partition=HOME, partitions=PARTITIONS, frames=SHAPE.frames, own_only=own_only)
 
 
 def padded(size: int) -> bytes:

@@ -7,13 +7,15 @@ from confluent_kafka import Producer
 from pipeline.core.usage import Record
 from pipeline.infra.avro import DEAD_LETTER
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics
+from pipeline.rating.batch import process
 from pipeline.rating.commit import Committer
-from tests.rating.world import NOW_MS, PARTITIONS, SCHEMAS, SHAPE, message, run
+from tests.rating.world import PARTITIONS, SCHEMAS, SHAPE, Memory, batch, message, view
 
 
 def letters(record: Record) -> list[bytes]:
     """The dead letters of one record, as the commit encodes them."""
-    outcome = run([record])
+    arrived = batch([record])
+    outcome = process(arrived, Memory(), view(), SHAPE)
     committer = Committer(
         Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0}),  # never asked for anything
         topics=Topics(),
@@ -22,7 +24,7 @@ def letters(record: Record) -> list[bytes]:
         partitions=PARTITIONS,
         worker="test",
     )
-    return [committer._letter(refused, NOW_MS, 7, not_before_ms=0) for refused in outcome.dead]
+    return [committer._letter(refused, arrived, 7, not_before_ms=0) for refused in outcome.dead]
 
 
 def test_a_record_larger_than_any_letter_is_cut_and_says_so() -> None:

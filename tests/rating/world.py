@@ -10,6 +10,7 @@ from math import ceil, floor
 from typing import Any, NamedTuple
 
 import fastavro
+import pytest
 
 from pipeline.core.catalog import Catalog, Entry
 from pipeline.core.charges import Charge, Tier
@@ -21,6 +22,8 @@ from pipeline.core.usage import ParkedRecord
 from pipeline.infra.avro import EVENTS, RATED, frame, load_schemas
 from pipeline.infra.resources import schemas_dir
 from pipeline.infra.topics import partition_of
+from pipeline.rating import accept, enrich, rate
+from pipeline.rating import batch as way
 from pipeline.rating.batch import Batch, Outcome, Shape, Source, process
 from pipeline.rating.enrich import TermsView
 
@@ -95,7 +98,7 @@ def batch(records: Sequence[Any], source: Source = Source.EVENTS, now_ms: int = 
     """A batch of records, around their own offsets."""
     first = records[0].offset if records else 0
     last = records[-1].offset if records else -1
-    return Batch(source, partition, first, last + 1, records, now_ms)
+    return Batch(source, partition, first, last + 1, list(records), now_ms)
 
 
 def parked(event: Mapping[str, Any], offset: int = 0, **fields: Any) -> ParkedRecord:
@@ -160,6 +163,14 @@ def view(*items: Account | Contract | Meter | Plan, offset: int = 7) -> TermsVie
     """A catalog of these, or the plainest one: acme, one contract, one meter, one charge."""
     chosen = items or (meter(), plan(per_unit()), account(), contract())
     return TermsView(Catalog.empty().extend(entries(chosen), offset))
+
+
+def without_fastpath(patch: pytest.MonkeyPatch) -> None:
+    """As if Tally had been installed without a C compiler."""
+    patch.setattr(accept, "accept_plain", None)
+    patch.setattr(enrich, "enrich_plain", None)
+    patch.setattr(rate, "rate_plain", None)
+    patch.setattr(way, "sequence_blocks", None)
 
 
 # -- state and results

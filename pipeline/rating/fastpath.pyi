@@ -1,0 +1,35 @@
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.core.usage import Event, Record
+
+def accept_plain(
+    records: list[Record],
+    start: int,
+    frames: dict[bytes, bytes],
+    homes: dict[bytes, int],
+    partition: int,
+    own_only: bool,
+    limits: tuple[int, ...],
+    events: list[Event],
+    arrived: list[tuple[bytes, int]],
+) -> int: ...
+def enrich_plain(
+    events: list[Event],
+    start: int,
+    spans: dict[tuple[bytes, bytes], list[Any]],
+    known: list[tuple[Event, Any]],
+) -> int: ...
+def sequence_blocks(arrived: list[tuple[bytes, int]], block_size: int) -> dict[tuple[bytes, int], int]: ...
+def rate_plain(
+    known: list[tuple[Event, Any]],
+    start: int,
+    totals: dict[bytes, int],
+    quantity_of: Callable[[bytes], int | None],
+    frames: dict[bytes, bytes],
+    origin: bytes,
+    catalog_offset: bytes,
+    fits: int,
+    rows: list[tuple[bytes, bytes]],
+    events: list[Event],
+) -> int: ...

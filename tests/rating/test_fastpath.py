@@ -1,0 +1,122 @@
+"""The compiled way and the Python way give the same, for events as producers write them and for damaged ones."""
+
+import importlib.util
+import os
+import shutil
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.charges import Charge, Tier
+from pipeline.rating.batch import Outcome
+from pipeline.rating.enrich import RatingTerms, TermsView
+from tests.rating.world import (
+    DAY_US,
+    NOW_US,
+    UNIT,
+    Memory,
+    Message,
+    account,
+    contract,
+    framed,
+    message,
+    meter,
+    per_unit,
+    plan,
+    run,
+    usage,
+    view,
+    without_fastpath,
+)
+
+#: The long form: TALLY_FUZZ_EXAMPLES=100000.
+EXAMPLES = int(os.environ.get("TALLY_FUZZ_EXAMPLES", "300"))
+
+
+def both(records: list[Message], terms: TermsView, state: Memory | None = None) -> tuple[Outcome, Outcome]:
+    compiled = run(records, terms, state)
+    with pytest.MonkeyPatch.context() as patch:
+        without_fastpath(patch)
+        return compiled, run(records, terms, state)
+
+
+def test_it_is_compiled_wherever_there_is_a_c_compiler() -> None:
+    if shutil.which("gcc") is None and shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    assert importlib.util.find_spec("pipeline.rating.fastpath")
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=90)
+numbers = st.one_of(
+    st.integers(-(10**19), 10**19).map(str),
+    st.decimals(-(10**6), 10**6, places=9).map(str),
+    st.sampled_from(["", "x", "NaN", "1e3", "0", "007", "1" * 40, "²"]),
+)
+events = st.builds(
+    usage,
+    key=st.one_of(texts, st.text("ab", min_size=1, max_size=2)),
+    account=st.sampled_from(["acme", "acme", "acme", "acme", "", "nobody", "büro", "a" * 70, "a" * 129]),
+    event_type=st.sampled_from(["completion", "completion", "completion", "other", "", "t" * 65, "t" * 129]),
+    timestamp=st.one_of(
+        st.integers(NOW_US - 36 * DAY_US, NOW_US + 600_000_000), st.integers(-(2**63), 2**63 - 1), st.integers(-9, 9)
+    ),
+    subject=texts,
+    properties=st.dictionaries(st.one_of(texts, st.just("tokens")), st.one_of(texts, numbers), max_size=40).flatmap(
+        lambda some: numbers.map(lambda tokens: {**some, "tokens": tokens})
+    ),
+    source=st.one_of(texts, st.just("s" * 256)),
+    sequence=st.one_of(st.integers(0, 3000), st.integers(-(2**63), 2**63 - 1)),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, event: dict[str, Any]) -> bytes:
+    """The bytes of an event with some bits turned, bytes cut, doubled or put in."""
+    data = bytearray(framed(event))
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "drop", "long"])):
+            case "flip":
+                data[at : at + 1] = bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) if data else b""
+            case "cut":
+                del data[at:]
+            case "insert":
+                data[at:at] = draw(st.binary(min_size=1, max_size=3))
+            case "drop":
+                del data[at : at + 1]
+            case "long":
+                data[at : at + 1] = b"\xff" * draw(st.integers(1, 11))
+    return bytes(data)
+
+
+#: Half as they were written, half damaged.
+values = events.flatmap(lambda event: st.one_of(st.just(framed(event)), damaged(event)))
+TIERS = (Tier(1000 * UNIT, Decimal("0.003")), Tier(None, Decimal("0.002")))
+#: Two charges of one meter and one of another, so that an event makes several rows, some of them tiered.
+TERMS = (
+    meter(),
+    meter("calls", aggregation="count", value=None),
+    plan(
+        per_unit("0.000000001", id="flat"),
+        Charge(id="tiers", meter="tokens", model="graduated", tiers=TIERS),
+        per_unit("0.1", id="calls", meter="calls"),
+    ),
+    account(),
+    contract(),
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.lists(values, max_size=8), st.integers(0, 10**30))
+def test_both_ways_give_the_same(written: list[bytes], before: int) -> None:
+    """Rows byte for byte, running quantities, what was refused and why, and which sequence numbers arrived."""
+    records = [message(value, number, key=b"acme") for number, value in enumerate(written)]
+    terms = view(*TERMS)
+    found = terms.find(b"acme", b"completion", NOW_US)
+    assert isinstance(found, RatingTerms)
+    state = Memory(totals={priced.counter: before for priced in found.priced})
+    compiled, python = both(records, terms, state)
+    assert compiled == python
