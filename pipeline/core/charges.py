@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import gcd
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from pipeline.core.money import (
     AMOUNT_DECIMALS,
@@ -72,6 +72,22 @@ class Charge:
     flat_on_zero: bool = True
 
 
+class Lines(NamedTuple):
+    """A price that is a straight line within each tier, in integers.
+
+    Up to ``included`` a quantity costs ``at_zero``. Beyond, with t the number of bounds below it, it costs
+    ``(quantity * factors[t] + offsets[t]) // divisor``. That is never negative, and rounds half up: the offsets hold
+    half a divisor.
+    """
+
+    included: Quantity
+    at_zero: Amount
+    bounds: tuple[Quantity, ...]
+    factors: tuple[int, ...]
+    offsets: tuple[int, ...]
+    divisor: int
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """A part of a counter's quantity priced alike, for showing the arithmetic.
@@ -100,18 +116,25 @@ def compile_price(charge: Charge) -> Price:
     Raises ValueError for a charge that cannot be priced: a field of its model missing, a negative price or one with
     more than 18 decimals, tiers whose bounds do not ascend, a last tier with a bound.
     """
+    lines = price_lines(charge)
+    if lines is not None:
+        return _price_of(lines)
+    if charge.package_size is None or charge.package_size <= 0:
+        raise ValueError(f"charge {charge.id}: expected a package_size above 0, got {charge.package_size}")
+    return _package(_price(charge, charge.package_price, "package_price"), charge.package_size, charge.included)
+
+
+def price_lines(charge: Charge) -> Lines | None:
+    """The price as straight lines; None for the model that is none (package). Raises ValueError as compile_price."""
     if charge.included < 0:
         raise ValueError(f"charge {charge.id}: expected 0 or more included units, got {charge.included}")
     match charge.model:
         case "per_unit":
-            return _per_unit(_price(charge, charge.unit_price, "unit_price"), charge.included)
+            return _straight(_price(charge, charge.unit_price, "unit_price"), charge.included)
         case "graduated" | "volume":
             return _tiered(charge)
         case "package":
-            if charge.package_size is None or charge.package_size <= 0:
-                raise ValueError(f"charge {charge.id}: expected a package_size above 0, got {charge.package_size}")
-            price = _price(charge, charge.package_price, "package_price")
-            return _package(price, charge.package_size, charge.included)
+            return None
 
 
 def tier_shares(charge: Charge, quantity: Quantity) -> list[Share]:
@@ -152,14 +175,19 @@ def tier_shares(charge: Charge, quantity: Quantity) -> list[Share]:
 # (cost + divisor // 2) // divisor rounds half up.
 
 
-def _per_unit(price: int, included: Quantity) -> Price:
-    divisor, factor = _reduced(_PRODUCT_TO_AMOUNT, price)
-    offset = divisor // 2 - included * factor
+def _price_of(lines: Lines) -> Price:
+    included, at_zero, bounds, factors, offsets, divisor = lines
+    if not bounds:
+        (factor,), (offset,) = factors, offsets
+        return lambda quantity: (quantity * factor + offset) // divisor if quantity > included else at_zero
 
-    def per_unit(quantity: Quantity) -> Amount:
-        return (quantity * factor + offset) // divisor if quantity > included else 0
+    def price(quantity: Quantity) -> Amount:
+        if quantity <= included:
+            return at_zero
+        tier = bisect_left(bounds, quantity)
+        return (quantity * factors[tier] + offsets[tier]) // divisor
 
-    return per_unit
+    return price
 
 
 def _package(price: int, size: Quantity, included: Quantity) -> Price:
@@ -172,7 +200,12 @@ def _package(price: int, size: Quantity, included: Quantity) -> Price:
     return package
 
 
-def _tiered(charge: Charge) -> Price:
+def _straight(price: int, included: Quantity) -> Lines:
+    divisor, factor = _reduced(_PRODUCT_TO_AMOUNT, price)
+    return Lines(included, 0, (), (factor,), (divisor // 2 - included * factor,), divisor)
+
+
+def _tiered(charge: Charge) -> Lines:
     """Within each tier the cost is a straight line over the quantity: slope times quantity plus intercept."""
     included = charge.included
     slopes, intercepts = [], []
@@ -189,18 +222,14 @@ def _tiered(charge: Charge) -> Price:
         else:
             intercepts.append(flat - included * price)
     divisor, *reduced = _reduced(_PRODUCT_TO_AMOUNT, *slopes, *intercepts)
-    factors = reduced[: len(tiers)]
-    offsets = [intercept + divisor // 2 for intercept in reduced[len(tiers) :]]
-    bounds = [included + tier.up_to for tier, _, _ in tiers if tier.up_to is not None]
-    at_zero = round_half_up_div(tiers[0][2], _PRODUCT_TO_AMOUNT) if charge.flat_on_zero else 0
-
-    def tiered(quantity: Quantity) -> Amount:
-        if quantity <= included:
-            return at_zero
-        tier = bisect_left(bounds, quantity)
-        return (quantity * factors[tier] + offsets[tier]) // divisor
-
-    return tiered
+    return Lines(
+        included=included,
+        at_zero=round_half_up_div(tiers[0][2], _PRODUCT_TO_AMOUNT) if charge.flat_on_zero else 0,
+        bounds=tuple(included + tier.up_to for tier, _, _ in tiers if tier.up_to is not None),
+        factors=tuple(reduced[: len(tiers)]),
+        offsets=tuple(intercept + divisor // 2 for intercept in reduced[len(tiers) :]),
+        divisor=divisor,
+    )
 
 
 def _checked_tiers(charge: Charge) -> list[tuple[Tier, int, int]]:

@@ -145,6 +145,7 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
     if events:
         outcome.latest_event_us = max(event.timestamp_us for event in events)
     split = waves(events)  # one, unless an identity stands twice in the batch
+    again = {event.identity for wave in split[1:] for event in wave}
     for wave in split:
         fresh, repeats, conflicts = dedupe(wave, overlay.known([event.identity for event in wave]))
         known, unknown = enrich(fresh, view)
@@ -152,8 +153,8 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
         outcome.rows += rows
         outcome.rated += rated
         outcome.repeats += repeats
-        if wave is not split[-1]:
-            overlay.remember(rated)
+        if again:
+            overlay.remember(event for event in rated if event.identity in again)
         _sort_out(conflicts + unknown + unpriced, batch, outcome)
     return outcome
 

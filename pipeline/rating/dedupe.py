@@ -20,16 +20,17 @@ class Deduped(NamedTuple):
 
 def waves(events: list[Event]) -> list[list[Event]]:
     """The events in order, split by how often their identity stood before: one wave unless one stands twice."""
-    if len({event.identity for event in events}) == len(events):
+    first = dict(zip([event.identity for event in reversed(events)], reversed(events), strict=True))
+    if len(first) == len(events):
         return [events] if events else []
-    split: list[list[Event]] = []
+    split = [[event for event in events if first[event.identity] is event]]
     times: dict[bytes, int] = {}
     for event in events:
-        number = times.get(event.identity, 0)
-        times[event.identity] = number + 1
-        if number == len(split):
-            split.append([])
-        split[number].append(event)
+        if first[event.identity] is not event:
+            number = times[event.identity] = times.get(event.identity, 0) + 1
+            if number == len(split):
+                split.append([])
+            split[number].append(event)
     return split
 
 

@@ -4,19 +4,19 @@ Terms are looked up once per account, event type and span of time, and kept in t
 functions, and the part of a rated row that never changes, already encoded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.core.catalog import Catalog, Terms
-from pipeline.core.charges import Charge, compile_price
-from pipeline.core.meters import Meter, compile_measure
+from pipeline.core.charges import Charge, Price, compile_price, price_lines
+from pipeline.core.meters import Measure, Meter, compile_measure
 from pipeline.core.reasons import Rejection
 from pipeline.core.usage import Event, Refused
 from pipeline.infra.wire import text, zigzag
 
 enrich_plain: Callable[..., int] | None
 try:
-    from pipeline.rating.fastpath import enrich_plain
+    from pipeline.rating.fastpath import PlainLines, PlainSum, enrich_plain
 except ImportError:  # installed without a C compiler: slower, the same in all else
     enrich_plain = None
 
@@ -31,8 +31,8 @@ class Priced:
     def __init__(self, terms: Terms, charge: Charge, meter: Meter) -> None:
         segment = terms.segment
         contract, plan = segment.contract, segment.plan
-        self.measure: Callable[[Mapping[bytes, bytes]], int | Rejection | None] = compile_measure(meter)
-        self.price: Callable[[int], int] = compile_price(charge)
+        self.measure = _measure(meter)
+        self.price = _price(charge)
         cell = ""
         #: Names the running quantity: account, contract, charge, segment, cell. Ids hold no control character.
         self.counter = "\x1f".join((contract.account, contract.id, charge.id, str(segment.start_us), cell)).encode()
@@ -57,6 +57,23 @@ class Priced:
         # The last running quantity, its price() and its encoding: the next event's "before". Pure memory; one tuple,
         # since a thread that lost the partition may still be at work on it.
         self.memo: tuple[int | None, int, bytes] = (None, 0, b"")
+
+
+def _measure(meter: Meter) -> Measure:
+    exact = compile_measure(meter)
+    if enrich_plain is None or meter.aggregation != "sum" or meter.value is None or meter.filters:
+        return exact
+    return PlainSum(meter.value.encode(), exact)
+
+
+def _price(charge: Charge) -> Price:
+    exact, lines = compile_price(charge), price_lines(charge)
+    if enrich_plain is None or lines is None:
+        return exact
+    try:
+        return PlainLines(lines, exact)
+    except OverflowError:
+        return exact
 
 
 class RatingTerms(NamedTuple):

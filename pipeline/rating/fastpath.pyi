@@ -1,7 +1,19 @@
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.core.charges import Lines, Price
+from pipeline.core.meters import Measure, Properties
+from pipeline.core.money import Amount, Quantity
+from pipeline.core.reasons import Rejection
 from pipeline.core.usage import Event, Record
+
+class PlainSum:
+    def __init__(self, key: bytes, exact: Measure) -> None: ...
+    def __call__(self, properties: Properties) -> Quantity | Rejection | None: ...
+
+class PlainLines:
+    def __init__(self, lines: Lines, exact: Price) -> None: ...
+    def __call__(self, quantity: Quantity) -> Amount: ...
 
 def accept_plain(
     records: list[Record],

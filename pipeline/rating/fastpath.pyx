@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The plain way of a usage event through ``accept``, ``enrich`` and ``rate``, compiled: most of a rater's time goes here.
 
 Takes what is plain and stops at the first record that is not: it refuses nothing, names no reason and knows no rule that
@@ -23,6 +23,8 @@ from pipeline.infra.wire import decimal
 
 cdef extern from "Python.h":
     int64_t PyLong_AsLongLongAndOverflow(object, int*) except? -1
+    ctypedef long long int128_t "__int128"
+    int64_t INT64_MAX
     object PyUnicode_DecodeUTF8(const char*, Py_ssize_t, const char*)
 
 cdef enum:
@@ -31,12 +33,92 @@ cdef enum:
     FRAME_BYTES = 5
     #: length byte and 16 bytes: any decimal of the row
     DECIMAL_BYTES_MAX = 17
+    #: prices with more tiers are computed in Python
+    TIERS_MAX = 16
+    #: digits of a whole number that still fits into 64 bits as units of 1e-9
+    DIGITS_MAX = 9
     #: two varints
     HEAD_BYTES_MAX = 20
 
 cdef object _new_tuple = tuple.__new__
 cdef object _Event = Event
 cdef object _Parked = ParkedRecord
+
+
+cdef class PlainSum:
+    """Measures a sum without filters: plain digits here, all else by ``exact``, the meter's own function."""
+
+    cdef bytes key
+    cdef object exact
+
+    def __init__(self, bytes key, object exact):
+        self.key = key
+        self.exact = exact
+
+    cdef object of(self, dict properties):
+        cdef PyObject* found = PyDict_GetItem(properties, self.key)
+        cdef Py_ssize_t i, size
+        cdef int64_t value = 0
+        cdef const char* digits
+        if found is NULL:
+            return self.exact(properties)
+        size = PyBytes_GET_SIZE(<object>found)
+        digits = PyBytes_AS_STRING(<object>found)
+        if size == 0 or size > DIGITS_MAX:
+            return self.exact(properties)
+        for i in range(size):
+            if not 48 <= digits[i] <= 57:
+                return self.exact(properties)
+            value = value * 10 + digits[i] - 48
+        return value * 1_000_000_000
+
+    def __call__(self, dict properties):
+        return self.of(properties)
+
+
+cdef class PlainLines:
+    """Prices by ``charges.Lines`` in 128 bits; what does not fit by ``exact``, the charge's own function."""
+
+    cdef object exact, at_zero
+    cdef int64_t included, divisor
+    cdef int tiers
+    cdef int64_t[TIERS_MAX] bounds
+    cdef int64_t[TIERS_MAX] factors
+    cdef int128_t[TIERS_MAX] offsets
+
+    def __init__(self, object lines, object exact):
+        """Raises OverflowError for lines that 64 bits, or 127 for the offsets, do not hold."""
+        included, self.at_zero, bounds, factors, offsets, divisor = lines
+        self.exact = exact
+        self.included, self.divisor, self.tiers = included, divisor, len(factors)
+        if self.tiers > TIERS_MAX:
+            raise OverflowError
+        for i in range(self.tiers):
+            # A quantity that fits lies below any bound that does not.
+            self.bounds[i] = min(bounds[i], INT64_MAX) if i < self.tiers - 1 else INT64_MAX
+            self.factors[i] = factors[i]
+            if not -(1 << 126) < offsets[i] < 1 << 126:
+                raise OverflowError
+            self.offsets[i] = (<int128_t><int64_t>(offsets[i] >> 64) << 64) + <uint64_t>(offsets[i] & 0xFFFFFFFFFFFFFFFF)
+
+    cdef object of(self, object quantity):
+        cdef int overflow = 0
+        cdef int64_t n = PyLong_AsLongLongAndOverflow(quantity, &overflow)
+        cdef int tier = 0
+        cdef int128_t cost
+        if overflow:
+            return self.exact(quantity)
+        if n <= self.included:
+            return self.at_zero
+        while n > self.bounds[tier]:
+            tier += 1
+        cost = (<int128_t>n * self.factors[tier] + self.offsets[tier]) / self.divisor
+        if cost > INT64_MAX:
+            return self.exact(quantity)
+        return <int64_t>cost
+
+    def __call__(self, quantity):
+        return self.of(quantity)
 
 
 cdef struct Span:
@@ -359,7 +441,8 @@ def rate_plain(
         plain = True
         for i in range(charges):
             priced = <object>PyTuple_GET_ITEM(charged, i)
-            quantity = priced.measure(properties)
+            measure = priced.measure
+            quantity = (<PlainSum>measure).of(properties) if type(measure) is PlainSum else measure(properties)
             if quantity is None:
                 continue
             if type(quantity) is not int:
@@ -389,14 +472,15 @@ def rate_plain(
             found = PyDict_GetItem(totals, counter)
             before = quantity_of(counter) if found is NULL else <object>found
             memo = priced.memo
+            price = priced.price
             if before is None:
                 before, cost, before_bytes = 0, 0, b"\x02\x00"
             elif before == memo[0]:
                 cost, before_bytes = memo[1], memo[2]
             else:
-                cost, before_bytes = priced.price(before), decimal(before)
+                cost, before_bytes = price(before), decimal(before)
             after = before + quantity
-            after_cost = priced.price(after)
+            after_cost = (<PlainLines>price).of(after) if type(price) is PlainLines else price(after)
             if not (-fits < after < fits and -fits < after_cost < fits):
                 plain = False
                 break

@@ -15,11 +15,13 @@ the consumer wraps it into one message, the transport puts both in place. What t
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import aiokafka
 from aiokafka.consumer.fetcher import FetchResult
+from aiokafka.errors import CorruptRecordException
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
@@ -96,13 +98,14 @@ class BatchThread(driver.AIOKafkaConsumerThread):
                     self._starts[tp] = position
             for result in fetcher._records.values():
                 if type(result) is FetchResult and result.has_more():
-                    result._partition_records._consumer_record = _as_read
-            records = await super()._fetch_records(consumer, active_partitions, timeout=0, max_records=max_records)
+                    result._partition_records._records_iterator = _whole_batches(result._partition_records)
+            batches = await super()._fetch_records(consumer, active_partitions, timeout=0)
             self._left = positions = self._positions(consumer)
-            if records:
+            if batches:
                 fetched: dict[TP, list[Any]] = {}
-                for tp, some in records.items():
-                    fetched[tp] = [Fetched(tp, self._starts[tp], positions[tp], some)]
+                for tp, some in batches.items():
+                    records = list(chain.from_iterable(some))
+                    fetched[tp] = [Fetched(tp, self._starts[tp], positions[tp], records)]
                     self._starts[tp] = positions[tp]
                 return fetched
             waiter = fetcher._create_fetch_waiter()
@@ -178,9 +181,38 @@ class BatchTransport(driver.Transport):
     Consumer = BatchConsumer
 
 
-def _as_read(tp: TP, record: Any) -> Any:
-    """In place of aiokafka's own copy into a ``ConsumerRecord``, which costs more than reading the record did."""
-    return record
+def _whole_batches(fetched: Any) -> Iterator[list[Record]]:
+    """The record batches of one fetch of a partition, in place of aiokafka's iterator over single records.
+
+    That one copies each record into a ``ConsumerRecord``, which costs more than reading the record did. Like it, this
+    leaves out control batches and aborted transactions, and keeps ``next_fetch_offset`` behind what was handed out. All
+    that it knows stands in ``fetched``: it may be made anew between two batches.
+    """
+    while fetched._records.has_next():
+        batch = fetched._records.next_batch()
+        if fetched._check_crcs and not batch.validate_crc():
+            raise CorruptRecordException(f"a batch of {fetched._tp} does not match its checksum")
+        if _counts(fetched, batch):
+            at = fetched.next_fetch_offset
+            records = list(batch)
+            if records and records[0].offset < at:  # the broker answers with the whole batch that holds the offset
+                records = [record for record in records if record.offset >= at]
+            fetched.next_fetch_offset = batch.next_offset
+            if records:
+                yield records
+        else:
+            fetched.next_fetch_offset = batch.next_offset
+
+
+def _counts(fetched: Any, batch: Any) -> bool:
+    """Does a batch hold records for us: neither the end marker of a transaction, nor part of an aborted one?"""
+    if batch.producer_id is not None:
+        fetched._consume_aborted_up_to(batch.base_offset)
+        if batch.is_control_batch and fetched._contains_abort_marker(batch):
+            fetched._aborted_producers.discard(batch.producer_id)
+    if batch.is_control_batch:
+        return False
+    return not (batch.is_transactional and batch.producer_id in fetched._aborted_producers)
 
 
 def co_owned(assigned: Iterable[TP], topics: tuple[str, str]) -> list[int]:

@@ -164,16 +164,16 @@ def test_a_defect_costs_the_event_that_meets_it_and_no_other(deploy: Deploy) -> 
     deployment = deploy(partitions=1, batch_records=10)
     deployment.publish_all()
     for number in range(40):
-        tokens = "666" if number % 7 == 3 or 20 <= number < 30 else "10"
+        tokens = "66.6" if number % 7 == 3 or 20 <= number < 30 else "10"
         one = event(f"k-{number}", tokens=tokens)
-        if tokens == "666":
+        if tokens == "66.6":
             deployment.sent.messages += 1
             deployment.sent.dead["internal_error"] += 1
             deployment.send_raw(framed(one), b"acct-00")
         else:
             deployment.send_event(one)
     deployment.flush()
-    rater = deployment.rater(poison="666")
+    rater = deployment.rater(poison="66.6")
     deployment.wait_done()
     deployment.check()
     assert "a bug in the meter" in deployment.dead()[0]["message"]

@@ -244,7 +244,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> TermsView:
         measure = compile_measure(one)
 
         def measured(properties: Any) -> Any:
-            if properties[b"tokens"] == b"666":
+            if properties[b"tokens"] == b"66.6":
                 raise ZeroDivisionError("a bug")
             return measure(properties)
 
@@ -255,7 +255,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> TermsView:
 
 
 def test_poison_becomes_a_dead_letter_and_the_rest_is_rated(poisoned: TermsView) -> None:
-    poison = usage("poison", properties={"tokens": "666"})
+    poison = usage("poison", properties={"tokens": "66.6"})
     messages = [message(usage("a"), 0), message(poison, 1), message(usage("b"), 2), message(usage("a"), 3)]
     with pytest.raises(ZeroDivisionError):
         process(batch(messages), Memory(), poisoned, SHAPE)
@@ -268,7 +268,7 @@ def test_poison_becomes_a_dead_letter_and_the_rest_is_rated(poisoned: TermsView)
 
 
 def test_a_batch_of_nothing_but_poison(poisoned: TermsView) -> None:
-    messages = [message(usage(f"p{i}", properties={"tokens": "666"}), i) for i in range(3)]
+    messages = [message(usage(f"p{i}", properties={"tokens": "66.6"}), i) for i in range(3)]
     outcome, errors = process_one_by_one(batch(messages), Memory(), poisoned, SHAPE)
     assert reasons(outcome) == [Reason.INTERNAL_ERROR] * 3
     assert len(errors) == 3 and not outcome.rows and not outcome.seen
