@@ -167,6 +167,18 @@ cdef inline bytes _slice(const uint8_t* data, Span span):
     return PyBytes_FromStringAndSize(<const char*>data + span.start, span.end - span.start)
 
 
+cdef inline bytes _again(const uint8_t* data, Span span, object last):
+    """The text as bytes: the object made of the same text before, if ``last`` is that, which saves making another."""
+    cdef Py_ssize_t size = span.end - span.start
+    if (
+        type(last) is bytes
+        and PyBytes_GET_SIZE(last) == size
+        and memcmp(PyBytes_AS_STRING(last), data + span.start, size) == 0
+    ):
+        return <bytes>last
+    return PyBytes_FromStringAndSize(<const char*>data + span.start, size)
+
+
 cdef inline bint _is_utf8(const uint8_t* data, Span span):
     try:
         PyUnicode_DecodeUTF8(<const char*>data + span.start, span.end - span.start, NULL)
@@ -210,7 +222,9 @@ def accept_plain(
     cdef Span[PROPERTIES_MAX] entries
     cdef bint plain, ascii
     cdef object record
-    cdef bytes value, frame, account_bytes, measures
+    cdef bytes value, frame, account_bytes, name, measures
+    cdef bytes type_bytes = b"", source_bytes = b""
+    cdef list last_names = []
     cdef dict properties
     cdef char* out
     cdef PyObject* home
@@ -284,16 +298,21 @@ def accept_plain(
             and sequence >= 0
         ):
             return index
-        account_bytes = _slice(data, account)
+        message_key = record.key
+        account_bytes = _again(data, account, message_key)
         home = PyDict_GetItem(homes, account_bytes)
         if home is NULL or <long>(<object>home) != partition:
             return index
-        if not own_only and record.key != account_bytes:
+        if not own_only and account_bytes is not message_key:
             return index
 
         properties = {}
         for i in range(properties_count):
-            PyDict_SetItem(properties, _slice(data, names[i]), _slice(data, values[i]))
+            if i == PyList_GET_SIZE(last_names):
+                last_names.append(None)
+            name = _again(data, names[i], last_names[i])
+            last_names[i] = name
+            PyDict_SetItem(properties, name, _slice(data, values[i]))
         if PyDict_Size(properties) != properties_count:
             return index
 
@@ -317,7 +336,9 @@ def accept_plain(
             out += entries[i].end - entries[i].start
 
         named.start, named.end = FRAME_BYTES, account.end
-        arrived.append((_slice(data, source), sequence))
+        type_bytes = _again(data, event_type, type_bytes)
+        source_bytes = _again(data, source, source_bytes)
+        arrived.append((source_bytes, sequence))
         events.append(
             _new_tuple(
                 _Event,
@@ -327,7 +348,7 @@ def accept_plain(
                     xxh3_64_digest(measures),
                     _slice(data, key),
                     account_bytes,
-                    _slice(data, event_type),
+                    type_bytes,
                     timestamp_us,
                     properties,
                 ),
