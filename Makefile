@@ -1,7 +1,10 @@
 # Everything from a bare checkout with Python 3.11+: each target makes what it needs, once.
 #   make demo            the whole way on real usage, ends with invoices and a reconciliation
 #   make test            all tests, on a real Kafka and PostgreSQL (make test ARGS="-k rater" for some)
-#   make bench           figures as JSON lines (make bench ONLY=rater for one)
+#   make bench           figures as JSON lines (make bench ONLY="rater sink" for some)
+#   make chaos           faults by a seeded plan under load, then every event checked (MINUTES=30 EVENTS= SEED=)
+#   make simulation      histories of rater and sink with a crash point between any two steps (EXAMPLES= SEED=)
+#   make fuzz            damaged messages through the whole way (MESSAGES=1000000 SEED=)
 #   make lint            ruff and mypy
 #   make lock            resolve pyproject.toml anew into requirements*.txt
 PYTHON ?= python3
@@ -9,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test bench lint format lock clean
+.PHONY: demo test bench chaos simulation fuzz lint format lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/tally demo $(ARGS)
@@ -19,6 +22,15 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench $(ONLY)
+
+chaos: $(VENV)/.dev
+	@$(BIN)/python -m tests.chaos
+
+simulation: $(VENV)/.dev
+	@$(if $(EXAMPLES),TALLY_SIM_EXAMPLES=$(EXAMPLES)) $(if $(SEED),TALLY_SIM_SEED=$(SEED)) $(BIN)/python -m tests.simulation
+
+fuzz: $(VENV)/.dev
+	@$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -53,16 +54,24 @@ def template_database(services: Endpoints) -> Iterator[str]:
 @pytest.fixture
 def settings(services: Endpoints, template_database: str, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a deployment of its own: topics under a fresh prefix, a migrated database, a data directory."""
+    with fresh_settings(services, template_database, tmp_path) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def fresh_settings(services: Endpoints, template: str, folder: Path, **options: Any) -> Iterator[Settings]:
+    """As the fixture ``settings``, with options, for as long as it is entered."""
     unique = secrets.token_hex(4)
     database = f"tally_test_{unique}"
     with _admin(services) as admin:
         statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
-        admin.execute(statement.format(sql.Identifier(database), sql.Identifier(template_database)))
+        admin.execute(statement.format(sql.Identifier(database), sql.Identifier(template)))
     settings = Settings(
         kafka_bootstrap=services.kafka_bootstrap,
         postgres_dsn=SecretStr(_dsn(services, database)),
         topic_prefix=f"t{unique}-",
-        data_dir=tmp_path / "data",
+        data_dir=folder / "data",
+        **options,
     )
     try:
         ensure_topics(settings)

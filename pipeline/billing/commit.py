@@ -18,7 +18,8 @@ from psycopg.errors import Error
 from pipeline.billing.intake import Batch, Place, Poison, RatedMessage
 from pipeline.billing.lines import Line, LineKey, Lines, merge_references
 from pipeline.billing.rated import Head
-from pipeline.billing.receipts import Receipt, write_receipts, write_sequences
+from pipeline.billing.receipts import Receipt, write_receipts
+from pipeline.billing.sequences import write_sequences
 from pipeline.billing.unrated import write_unrated
 from pipeline.core.periods import to_datetime
 from pipeline.infra.topics import Topics
@@ -41,6 +42,10 @@ class Step(IntEnum):
 Reached: TypeAlias = Callable[[Step], None]
 
 
+#: A sequence number may be this late before it counts as missing, unless said otherwise, seconds.
+SEQUENCE_GRACE_S = 900.0
+
+
 class PositionTaken(Exception):
     """A stored position is not where this consumer left it: another sink reads the partition."""
 
@@ -58,14 +63,22 @@ def prepare(connection: "Connection[Any]") -> None:
     connection.execute("CREATE TEMPORARY TABLE staged (LIKE billing.rated_usage) ON COMMIT DELETE ROWS")
 
 
-def commit(connection: "Connection[Any]", batch: Batch, lines: Lines, topics: Topics, reached: Reached) -> Written:
+def commit(
+    connection: "Connection[Any]",
+    batch: Batch,
+    lines: Lines,
+    topics: Topics,
+    reached: Reached,
+    *,
+    grace_s: float = SEQUENCE_GRACE_S,
+) -> Written:
     """Write a batch, all of it or nothing. The connection is in autocommit and prepared; month partitions exist.
 
     1. Move every position by compare-and-set.
     2. Find or create lines; lock their invoices in id order, keep the rows of open ones.
     3. COPY these rows into the staging table.
     4. Insert them ON CONFLICT DO NOTHING; add what was inserted, and only that, to the lines.
-    5. Write receipts, sequence numbers, letters and resolutions.
+    5. Write receipts, sequence numbers, control totals, letters and resolutions.
     6. Quarantine the rest with its bytes: already billed, period closed, undecodable, already receipted.
     7. Commit.
 
@@ -92,7 +105,7 @@ def commit(connection: "Connection[Any]", batch: Batch, lines: Lines, topics: To
             reached(Step.ROWS_BILLED)
             # Step 5.
             repeated = write_receipts(connection, batch.receipts)
-            write_sequences(connection, batch.receipts)
+            write_sequences(connection, batch.receipts, batch.controls, grace_s=grace_s)
             write_unrated(connection, batch.letters, batch.resolutions)
             reached(Step.EVENTS_ACCOUNTED)
             # Step 6.

@@ -1,4 +1,4 @@
-"""What the sink read, decoded: rows, receipts, letters, and what could not be read."""
+"""What the sink read, decoded: rows, receipts, letters, control totals, and what could not be read."""
 
 import io
 import json
@@ -13,12 +13,15 @@ from fastavro.types import Schema
 
 from pipeline.billing.rated import Malformed, Row, reader
 from pipeline.billing.receipts import Receipt
+from pipeline.billing.sequences import ControlTotal
 from pipeline.billing.unrated import Letter, Resolution
 from pipeline.core.periods import to_datetime
-from pipeline.infra.avro import DEAD_LETTER, RECEIPTS, Record, Schemas, frame
+from pipeline.infra.avro import CONTROLS, DEAD_LETTER, RECEIPTS, Record, Schemas, frame
 from pipeline.infra.topics import Topics
 from pipeline.infra.wire import FRAME_BYTES
 
+#: As far as missing numbers are looked for (``billing.due_sequences``): far from where a bigint ends.
+_SEQUENCE_MAX = 10**18
 #: A topic and a partition of it.
 Place: TypeAlias = tuple[str, int]
 
@@ -49,6 +52,7 @@ class Batch:
     moves: dict[Place, tuple[int, int]] = field(default_factory=dict)
     rated: list[RatedMessage] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
+    controls: list[ControlTotal] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     resolutions: list[Resolution] = field(default_factory=list)
     poison: list[Poison] = field(default_factory=list)
@@ -61,6 +65,7 @@ class Intake:
         self._topics = topics
         self._read_rated = reader(schemas).read
         self._receipts = PlainReader(schemas, RECEIPTS)
+        self._controls = PlainReader(schemas, CONTROLS)
         self._letters = PlainReader(schemas, DEAD_LETTER)
 
     def sort(self, messages: Sequence[Message], positions: dict[Place, int]) -> Batch:
@@ -83,6 +88,8 @@ class Intake:
                     keep(RatedMessage(partition, offset, read_rated(value), value))
                 elif topic == self._topics.receipts:
                     self._add_receipt(batch, message, value)
+                elif topic == self._topics.controls:
+                    batch.controls.append(self._control_total(value))
                 else:
                     dead = topic == self._topics.dead_letter
                     batch.letters.append(Letter(topic, partition, offset, self._letters.read(value), dead))
@@ -101,6 +108,15 @@ class Intake:
             Resolution(self._topics.events, one["origin_partition"], one["origin_offset"], one["outcome"])
             for one in record["resolutions"]
         )
+
+    def _control_total(self, value: bytes) -> ControlTotal:
+        record = self._controls.read(value)
+        first, last = record["first_sequence"], record["last_sequence"]
+        if not 1 <= first <= last <= _SEQUENCE_MAX:
+            raise Malformed(f"expected numbers from 1 to {_SEQUENCE_MAX}, got {first} to {last}")
+        if "\0" in "".join((record["source"], *(one["reason"] for one in record["rejections"]))):
+            raise Malformed("expected text without the character NUL, which PostgreSQL cannot hold")
+        return ControlTotal(record, _instant(record["hour"]), _instant(record["said_at"]))
 
 
 class PlainReader:

@@ -1,4 +1,6 @@
-"""Receipts into PostgreSQL: what each rater transaction covered, and which sequence numbers arrived."""
+"""Receipts into PostgreSQL: what each rater transaction covered. Their sequence numbers go another way,
+``pipeline.billing.sequences``.
+"""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -6,7 +8,6 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from pipeline.core.usage import SEQUENCE_BLOCK
 from pipeline.infra.avro import Record
 
 
@@ -50,12 +51,6 @@ WHERE {" AND ".join(f"{name} = %({name})s" for name in _KEY)}
     AND {" AND ".join(f"{name} IS NOT DISTINCT FROM %({name})s" for name in _REST)}
 """
 
-# Sources spread over all partitions, so two sinks write the same blocks: always in key order.
-_MERGE_SEQUENCES = """
-INSERT INTO billing.source_sequence AS stored (source, block, bits) VALUES (%s, %s, %s::bit(1000))
-ON CONFLICT (source, block) DO UPDATE SET bits = stored.bits | EXCLUDED.bits, updated_at = now()
-"""
-
 
 def write_receipts(connection: "Connection[Any]", receipts: Iterable[Receipt]) -> list[Receipt]:
     """Insert receipts; return those whose first offset another receipt had already covered, which are left out.
@@ -69,20 +64,3 @@ def write_receipts(connection: "Connection[Any]", receipts: Iterable[Receipt]) -
             if cursor.execute(_INSERT, values).fetchone() is None and cursor.execute(_SAME, values).fetchone() is None:
                 repeated.append(receipt)
     return repeated
-
-
-def write_sequences(connection: "Connection[Any]", receipts: Iterable[Receipt]) -> None:
-    """OR the receipts' bit maps of arrived sequence numbers into the stored ones."""
-    blocks: dict[tuple[str, int], int] = {}
-    for receipt in receipts:
-        for one in receipt.record["sequences"]:
-            key = (one["source"], one["block"])
-            blocks[key] = blocks.get(key, 0) | int.from_bytes(one["bits"], "little")
-    if blocks:
-        with connection.cursor() as cursor:
-            cursor.executemany(_MERGE_SEQUENCES, [(*key, bit_text(blocks[key])) for key in sorted(blocks)])
-
-
-def bit_text(bits: int) -> str:
-    """The bit map as PostgreSQL writes it: bit 0 first, 1,000 digits."""
-    return f"{bits:0{SEQUENCE_BLOCK}b}"[::-1]

@@ -13,19 +13,20 @@ written yet is not billed: that is lag and no difference.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any
 
 import psycopg
 from psycopg import Connection
+from psycopg.rows import dict_row
 
 from pipeline.billing.broker import Log, Run, count_records, logs
 from pipeline.billing.intake import Place
 from pipeline.billing.prices import NoPrice, Prices
+from pipeline.core.gaps import Cause, Gap, because, when
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decimal, plain, scaled
 from pipeline.core.periods import format_instant, to_micros
-from pipeline.core.usage import SEQUENCE_BLOCK
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
@@ -86,9 +87,9 @@ class Reconciliation:
 def reconcile(settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0) -> Reconciliation:
     """Check everything that must add up, as of now.
 
-    Waits up to ``wait_s`` for lag to go. Missing sequence numbers count only below the first block of a source that
-    changed in the last ``grace_s``: they may still be on their way. Raises KafkaException or psycopg.OperationalError
-    when the broker or the database does not answer.
+    Waits up to ``wait_s`` for lag to go. Sequence numbers count as missing when a higher one had arrived, or their
+    producer had said it emitted them, ``grace_s`` seconds ago; until then they may be on their way. Raises
+    KafkaException or psycopg.OperationalError when the broker or the database does not answer.
     """
     until = time.monotonic() + wait_s
     while True:
@@ -107,7 +108,8 @@ def _checks(
 ) -> Iterable[Check]:
     topics = Topics(settings.topic_prefix)
     yield _arrivals(settings, connection, found)
-    yield _coverage(connection, topics.events, found)
+    events = _coverage(connection, topics.events, found)
+    yield events
     yield _coverage(connection, topics.retry, found)
     yield _outcomes(connection)
     yield _resolved(connection, topics)
@@ -117,7 +119,8 @@ def _checks(
     yield from _amounts(connection)
     yield _counters(connection)
     yield _versions(connection)
-    yield _sequences(connection, grace_s)
+    yield _sequences(connection, grace_s, deleted=bool(events.difference))
+    yield _control_totals(connection, grace_s)
 
 
 # -- events
@@ -179,7 +182,7 @@ def _arrivals(settings: Settings, connection: "Connection[Any]", found: Mapping[
 
 
 # Sweep over each partition's receipts in order: how far they reach before a receipt, and whether it begins there.
-_GAPS = """
+_UNCOVERED = """
 WITH swept AS (
     SELECT partition, first_offset, next_offset, coalesce(max(next_offset) OVER (
         PARTITION BY partition ORDER BY first_offset, next_offset ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
@@ -199,7 +202,7 @@ def _coverage(connection: "Connection[Any]", topic: str, found: Mapping[Place, L
     """
     reached: dict[int, int] = dict(connection.execute(_REACHED, [topic]).fetchall())
     offsets, wrong, places = sum(reached.values()), 0, []
-    for partition, before, first, overlap_end in connection.execute(_GAPS, [topic]):
+    for partition, before, first, overlap_end in connection.execute(_UNCOVERED, [topic]):
         if first > before:
             wrong += first - before
             places.append(f"no receipt for partition {partition} offsets {before} to {first - 1}")
@@ -429,66 +432,61 @@ def _versions(connection: "Connection[Any]") -> Check:
 
 # -- sequence numbers
 
-# Per source: how many numbers from 1 up to the highest seen, and how many of these arrived; blocks from the first one
-# that changed lately are left out.
-_SEQUENCES = """
-WITH young AS (
-    SELECT source, min(block) AS block FROM billing.source_sequence
-    WHERE updated_at > now() - %(grace)s * interval '1 second' GROUP BY source
-), old AS (
-    SELECT stored.* FROM billing.source_sequence AS stored LEFT JOIN young USING (source)
-    WHERE young.block IS NULL OR stored.block < young.block
-), highest AS (
-    SELECT DISTINCT ON (source) source, block * %(size)s + length(rtrim(bits::text, '0')) - 1 AS number
-    FROM old ORDER BY source, block DESC
+_DUE = "SELECT count(*), coalesce(sum(due), 0) FROM billing.due_sequences(%s * interval '1 second')"
+_GAPS = f"""
+WITH gaps AS MATERIALIZED (SELECT * FROM billing.sequence_gaps(%s * interval '1 second')), named AS (
+    SELECT * FROM gaps ORDER BY source, first_missing LIMIT {_NAMED_MAX}
 )
-SELECT source, highest.number, sum(bit_count(bits))::bigint FROM old JOIN highest USING (source)
-GROUP BY source, highest.number
+SELECT whole.runs, whole.missing, named.*, facts.*,
+    billing.likely_cause(rejected_because, spooled, confirmed, newer_source) AS likely_cause
+FROM (SELECT count(*) AS runs, sum(last_missing - first_missing + 1) AS missing FROM gaps) AS whole
+CROSS JOIN named CROSS JOIN LATERAL billing.gap_facts(source, first_missing, last_missing) AS facts
+ORDER BY source, first_missing
 """
-_BLOCKS = """
-SELECT block, bits::text FROM billing.source_sequence WHERE source = %s AND block <= %s ORDER BY block
+_ACCEPTED = "SELECT coalesce(sum(last_sequence - first_sequence + 1), 0) FROM billing.accepted_gap"
+
+
+def _sequences(connection: "Connection[Any]", grace_s: float, *, deleted: bool) -> Check:
+    """The numbers that sources have used, by what arrived and by their producers' control totals, against those that
+    arrived or were accepted as missing. ``deleted`` is whether offsets of usage.events are known to have passed
+    unrated.
+    """
+    sources, due = _one(connection, _DUE, [grace_s])
+    runs, missing, places = 0, 0, []
+    with connection.cursor(row_factory=dict_row) as cursor:
+        for row in cursor.execute(_GAPS, [grace_s]):
+            runs, missing = row.pop("runs"), row.pop("missing")
+            gap = Gap(**row | {"likely_cause": Cause(row["likely_cause"])})
+            if deleted and gap.likely_cause in (Cause.CONFIRMED, Cause.UNKNOWN):
+                gap = replace(gap, likely_cause=Cause.DELETED)
+            timing = f" ({at})" if (at := when(gap)) else ""
+            places.append(f"{gap.source} misses {gap.numbers}{timing}: {because(gap)}")
+    none = f"{sources:,} sources without holes" if sources != 1 else "1 source without holes"
+    detail = _list(places, none, count=runs)
+    (accepted,) = _one(connection, _ACCEPTED)
+    if accepted:
+        detail += f"; {accepted:,} accepted as missing"
+    return Check("sequence numbers sent = arrived", Decimal(due), Decimal(due - missing), detail)
+
+
+_TOTALS = """
+SELECT count(*), coalesce(sum(last_sequence - first_sequence + 1), 0) FROM billing.control_total
+WHERE received_at <= now() - %s * interval '1 second'
 """
+_SHORT = "SELECT * FROM billing.short_hours(%s * interval '1 second') ORDER BY hour, source"
 
 
-def _sequences(connection: "Connection[Any]", grace_s: float) -> Check:
-    expected, arrived = 0, 0
-    places: list[str] = []
-    rows = connection.execute(_SEQUENCES, {"grace": grace_s, "size": SEQUENCE_BLOCK}).fetchall()
-    for source, highest, numbers in rows:
-        expected += highest
-        arrived += numbers
-        if numbers < highest:
-            # Looked up only where it will be named.
-            places.append(
-                f"{source} misses {_missing(connection, source, highest)}" if len(places) < _NAMED_MAX else ""
-            )
-    detail = _list(places, f"{len(rows)} sources without holes" if len(rows) != 1 else "1 source without holes")
-    return Check("sequence numbers sent = arrived", Decimal(expected), Decimal(arrived), detail)
-
-
-def _missing(connection: "Connection[Any]", source: str, highest: int) -> str:
-    """The first missing ranges of a source's numbers from 1 to the highest, as text."""
-    ranges: list[tuple[int, int]] = []
-
-    def miss(first: int, last: int) -> None:
-        if first > last:
-            return
-        if ranges and ranges[-1][1] == first - 1:
-            ranges[-1] = (ranges[-1][0], last)
-        else:
-            ranges.append((first, last))
-
-    block = 0
-    for stored, bits in connection.execute(_BLOCKS, [source, highest // SEQUENCE_BLOCK]):
-        miss(max(block * SEQUENCE_BLOCK, 1), stored * SEQUENCE_BLOCK - 1)
-        for i, bit in enumerate(bits):
-            number = stored * SEQUENCE_BLOCK + i
-            if bit == "0" and 1 <= number <= highest:
-                miss(number, number)
-        block = stored + 1
-        if len(ranges) > _NAMED_MAX:
-            break
-    return _list([str(first) if first == last else f"{first} to {last}" for first, last in ranges], "nothing", ", ")
+def _control_totals(connection: "Connection[Any]", grace_s: float) -> Check:
+    """What producers say they emitted, hour by hour, against what arrived of it or was accepted as missing."""
+    hours, emitted = _one(connection, _TOTALS, [grace_s])
+    short = connection.execute(_SHORT, [grace_s]).fetchall()
+    places = [
+        f"{source} emitted {sent:,} in the hour from {format_instant(to_micros(hour))}, {sent - missing:,} arrived"
+        for source, hour, sent, missing in short
+    ]
+    left = sum(missing for *_, missing in short)
+    none = f"{hours:,} hours of producers, all there" if hours != 1 else "1 hour of a producer, all there"
+    return Check("events by control totals = arrived", Decimal(emitted), Decimal(emitted - left), _list(places, none))
 
 
 def _one(connection: "Connection[Any]", statement: str, parameters: Any = None) -> tuple[Any, ...]:
@@ -519,7 +517,7 @@ def _logs(settings: Settings, connection: "Connection[Any]") -> dict[Place, Log]
 
 
 def _read_by_sink(topics: Topics) -> tuple[str, ...]:
-    return topics.rated, topics.receipts, topics.retry, topics.dead_letter
+    return topics.rated, topics.receipts, topics.retry, topics.dead_letter, topics.controls
 
 
 def _lags(topics: Topics, found: Mapping[Place, Log]) -> tuple[Lag, ...]:

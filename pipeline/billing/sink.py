@@ -9,6 +9,7 @@ the table.
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from psycopg import Connection, OperationalError
 
-from pipeline.billing.commit import PositionTaken, Reached, Step, commit, prepare
+from pipeline.billing.commit import PositionTaken, Reached, Step, Written, commit, prepare
 from pipeline.billing.intake import Batch, Intake, Place
 from pipeline.billing.lines import Lines
 from pipeline.billing.months import ensure_months, next_month
@@ -34,13 +35,15 @@ BATCH_MESSAGES = 10_000
 #: Bytes of messages after which a batch is closed: bounds memory where events are large.
 BATCH_BYTES = 32 * 1024 * 1024
 #: Longest wait for a batch to fill, seconds: what the sink adds to the way of an event at a low rate.
-BATCH_WAIT_S = 0.1
+BATCH_WAIT_S = 0.05
 #: Messages asked of the consumer at a time.
 _FETCH_MESSAGES = 2_000
 #: Wait before coming back after a failure, seconds: doubled each time up to the longest.
 _BACKOFF_FIRST_S, _BACKOFF_LONGEST_S = 0.2, 10.0
 #: Longest wait for one answer of the broker, seconds.
 _BROKER_ANSWER_S = 10.0
+#: Wait before asking a partition between two leaders again, seconds.
+_ASK_AGAIN_S = 0.1
 #: Time between two looks at the lag, seconds.
 _LAG_EVERY_S = 5.0
 
@@ -101,20 +104,29 @@ class _Sink:
         self._topics = Topics(settings.topic_prefix)
         self._schemas: Schemas = load_schemas(settings.registry_url)
         self._months: set[date] = set()
+        #: Where to read on: behind all that was handed on to be written.
         self._positions: dict[Place, int] = {}
+        self._writing: tuple[Batch, Future[Written]] | None = None
         self._kafka_away = False
 
     def session(self) -> None:
-        """Join the group and write until stopped. Raises what ends it; nothing of an unfinished batch stays."""
+        """Join the group and write until stopped. Raises what ends it; nothing of an unfinished batch stays.
+
+        One thread reads and decodes while another writes the batch before: PostgreSQL's time and Python's overlap.
+        """
+        self._writing = None
         topics = self._topics
-        with connect(self._settings.dsn, application="sink", autocommit=True) as connection:
+        with (
+            connect(self._settings.dsn, application="sink", autocommit=True) as connection,
+            ThreadPoolExecutor(1, thread_name_prefix="sink-writer") as thread,
+        ):
             prepare(connection)
             intake, lines = Intake(topics, self._schemas), Lines()
             self._ahead(connection)
             consumer = Consumer(_consumer_config(self._settings, self._on_error))
             try:
                 consumer.subscribe(
-                    [topics.rated, topics.receipts, topics.retry, topics.dead_letter],
+                    [topics.rated, topics.receipts, topics.retry, topics.dead_letter, topics.controls],
                     on_assign=lambda _, partitions: self._assigned(consumer, connection, partitions),
                     on_revoke=lambda _, partitions: self._revoked(partitions),
                     on_lost=lambda _, partitions: self._revoked(partitions),
@@ -122,19 +134,52 @@ class _Sink:
                 look_at_lag = time.monotonic()
                 while not self._stop.is_set():
                     messages = self._fetch(consumer)
-                    if messages:
-                        self._write(connection, intake.sort(messages, self._positions), lines, consumer)
+                    # Decoded while the batch before is still being written.
+                    batch = intake.sort(messages, self._positions)
+                    self._settle(consumer)
+                    if batch.moves:
+                        self._begin(thread, connection, batch, lines)
                     elif self._kafka_away:
                         self._look_for_kafka(consumer)
                     if time.monotonic() >= look_at_lag:
                         self._show_lag(consumer)
                         look_at_lag = time.monotonic() + _LAG_EVERY_S
+                self._settle(consumer)
             finally:
                 consumer.close()  # tells _revoked
 
-    def _write(self, connection: "Connection[Any]", batch: Batch, lines: Lines, consumer: Consumer) -> None:
-        if not batch.moves:
+    def _begin(self, thread: ThreadPoolExecutor, connection: "Connection[Any]", batch: Batch, lines: Lines) -> None:
+        """Have a batch written in the other thread. From here on its messages count as read."""
+        for place, (_, following) in batch.moves.items():
+            self._positions[place] = following
+        self._writing = batch, thread.submit(self._write, connection, batch, lines)
+
+    def _settle(self, consumer: Consumer) -> None:
+        """Wait for the batch that is being written, if one is. Raises what its writing met."""
+        if self._writing is None:
             return
+        (batch, future), self._writing = self._writing, None
+        written = future.result()
+        for place, (_, following) in batch.moves.items():
+            if place in self._positions:  # else it was revoked meanwhile, and is another's to show
+                metrics.SINK_POSITION.labels(*place).set(following)
+        self.batches += 1
+        metrics.SINK_BATCHES.inc()
+        metrics.SINK_ROWS.inc(written.billed)
+        for reason, count in written.quarantined.items():
+            metrics.SINK_QUARANTINED.labels(reason).inc(count)
+        consumer.commit(
+            offsets=[TopicPartition(*place, following) for place, (_, following) in batch.moves.items()],
+            asynchronous=True,
+        )
+        self._reached(Step.OFFSETS_COMMITTED)
+
+    def _await_writing(self) -> None:
+        """Let the batch that is being written finish, well or not: ``_settle`` tells which."""
+        if self._writing is not None:
+            wait([self._writing[1]])
+
+    def _write(self, connection: "Connection[Any]", batch: Batch, lines: Lines) -> Written:
         for poison in batch.poison:
             log.error(
                 "undecodable",
@@ -146,20 +191,7 @@ class _Sink:
             )
         self._ensure_months(connection, batch)
         with metrics.SINK_COMMIT.time():
-            written = commit(connection, batch, lines, self._topics, self._reached)
-        for (topic, partition), (_, following) in batch.moves.items():
-            self._positions[topic, partition] = following
-            metrics.SINK_POSITION.labels(topic, partition).set(following)
-        self.batches += 1
-        metrics.SINK_BATCHES.inc()
-        metrics.SINK_ROWS.inc(written.billed)
-        for reason, count in written.quarantined.items():
-            metrics.SINK_QUARANTINED.labels(reason).inc(count)
-        consumer.commit(
-            offsets=[TopicPartition(*place, following) for place, (_, following) in batch.moves.items()],
-            asynchronous=True,
-        )
-        self._reached(Step.OFFSETS_COMMITTED)
+            return commit(connection, batch, lines, self._topics, self._reached, grace_s=self._settings.sequence_grace)
 
     # -- reading
 
@@ -183,6 +215,7 @@ class _Sink:
 
     def _assigned(self, consumer: Consumer, connection: "Connection[Any]", partitions: list[TopicPartition]) -> None:
         places = [(p.topic, p.partition) for p in partitions]
+        self._await_writing()
         stored = _read_positions(connection, places)
         for place in places:
             low, high = _log_bounds(consumer, place)
@@ -203,6 +236,7 @@ class _Sink:
         log.info("assigned", partitions=_by_topic(places))
 
     def _revoked(self, partitions: list[TopicPartition]) -> None:
+        self._await_writing()
         for partition in partitions:
             if self._positions.pop((partition.topic, partition.partition), None) is not None:
                 with suppress(KeyError):
@@ -297,7 +331,18 @@ def _consumer_config(settings: Settings, on_error: Callable[[KafkaError], None])
 
 
 def _log_bounds(consumer: Consumer, place: Place) -> tuple[int, int]:
-    bounds = consumer.get_watermark_offsets(TopicPartition(*place), timeout=_BROKER_ANSWER_S)
+    """Asked again while the partition is between two leaders, as it is right after it was created: librdkafka turns
+    what a rebalance callback raises into something that no ``except`` meets.
+    """
+    until = time.monotonic() + _BROKER_ANSWER_S
+    while True:
+        try:
+            bounds = consumer.get_watermark_offsets(TopicPartition(*place), timeout=_BROKER_ANSWER_S)
+            break
+        except KafkaException as error:
+            if not passes(error.args[0]) or time.monotonic() >= until:
+                raise
+            time.sleep(_ASK_AGAIN_S)
     if bounds is None:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer on the offsets of {place[0]} {place[1]}"))
     return bounds

@@ -18,6 +18,7 @@ from psycopg.types.json import Jsonb
 from pipeline.catalog import store
 from pipeline.catalog.files import AnyDraft, Draft, Drafts, overlap_finding, overlapping, span
 from pipeline.catalog.source import Finding, suggestion
+from pipeline.core.catalog import NOTICE_S
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import Entry, Kind, canonical_json, from_document, kind_of, to_document
 from pipeline.core.meters import Meter
@@ -30,7 +31,7 @@ from pipeline.infra.topics import RECORD_BYTES_MAX
 #: What a publication notifies, so that the relay need not poll.
 CHANNEL = "tally_outbox"
 #: Time between publishing a price and its first event: raters know it within 2 seconds, the rest is for their clocks.
-NOTICE = timedelta(seconds=60)
+NOTICE = timedelta(seconds=NOTICE_S)
 
 #: Largest document; half of what a record of the catalog topic may hold.
 DOCUMENT_BYTES_MAX = RECORD_BYTES_MAX // 2

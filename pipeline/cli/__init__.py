@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import accounts, demo, dlq, explain, plans, produce, reconcile, services, status, workers
+from pipeline.cli import accounts, demo, dlq, explain, gaps, plans, produce, reconcile, services, status, workers
 from pipeline.cli.output import run_reporting_errors
 
 
@@ -37,7 +37,7 @@ def root(
     """Usage billing on Kafka: events in, invoice lines out, every line proved."""
 
 
-for group in (demo, services, workers, produce, plans, accounts, status, dlq, explain, reconcile):
+for group in (demo, services, workers, produce, plans, accounts, status, dlq, gaps, explain, reconcile):
     group.register(app)
 
 

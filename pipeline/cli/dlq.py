@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import psycopg
 import typer
+from confluent_kafka import KafkaException
 from psycopg import Connection
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -41,6 +42,8 @@ from pipeline.operations.at_risk import estimator
 from pipeline.operations.dead_letters import Origin, Pick, Selection, UnratedEvent
 from pipeline.operations.events import Mend, NotAnEvent, mended, parse_mend, parse_time
 from pipeline.operations.replay import Replayed, ReplayError, not_replayable, replay
+from pipeline.operations.stops import NotStopped
+from pipeline.operations.stops import resume as let_go_on
 
 #: Origins named before the rest is only counted.
 _NAMED_MAX = 20
@@ -254,6 +257,42 @@ def discard(
         _say_moved_on(moved_on)
     if moved_on and origins:
         raise typer.Exit(EXIT_ERROR)
+
+
+# -- limits
+
+
+@group.command()
+def resume(
+    partition: Annotated[int, typer.Argument(min=0, help="The stopped partition, as `tally status` names it.")],
+    to_end: Annotated[
+        bool, typer.Option("--to-end", help="Let it refuse all that is there now; limits count only what comes later.")
+    ] = False,
+    why: Why = None,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """Let a partition go on that stopped because it refused too much. The limits count anew from there.
+
+    What it refused is in the dead letters: mend the cause first, and replay them when it is mended.
+    """
+    if not (why or "").strip():
+        fail('say why, for the audit record: --why "…"', EXIT_USAGE)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        try:
+            until = let_go_on(connection, settings, partition, why=why or "", to_end=to_end)
+        except NotStopped as error:
+            fail(str(error))
+        except (KafkaException, TimeoutError) as error:
+            fail(f"Kafka does not answer, so the partition stays stopped: {error}")
+    if json_:
+        emit_json({"partition": partition, "no_limit_before": until})
+    else:
+        err.print(f"partition {partition} goes on; its dead letters count from offset {until:,}", highlight=False)
+
+
+# -- what replay and discard share
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,19 @@ def register(app: typer.Typer) -> None:
 def reconcile(
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers to catch up.")] = 0,
     grace: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="Sequence numbers may be this late before they count as lost."),
-    ] = 0,
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Sequence numbers may be this late before they count as missing (default: TALLY_SEQUENCE_GRACE, 900).",
+        ),
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Prove that every event that arrived is in one state and every rated row in the money. Exit code 4 if not."""
-    result = run_checks(settings_for(data_dir), wait_s=wait, grace_s=grace)
+    settings = settings_for(data_dir)
+    result = run_checks(settings, wait_s=wait, grace_s=settings.sequence_grace if grace is None else grace)
     if as_json:
         emit_json(as_data(result))
     else:

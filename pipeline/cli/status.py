@@ -1,4 +1,4 @@
-"""``tally status``: what is behind, how fast it moves, who works, what waits for a person."""
+"""``tally status``: what is behind, how fast it moves, who works, what waits for a person, what may be missing."""
 
 import sys
 import time
@@ -16,13 +16,17 @@ from rich.text import Text
 
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.output import EXIT_ERROR, emit_json, err, out
+from pipeline.core.gaps import because, when
 from pipeline.operations.ages import age, span
 from pipeline.operations.dead_letters import ReasonCount
 from pipeline.operations.lag import StageLag
-from pipeline.operations.status import Status, Watcher, as_json, headline
+from pipeline.operations.status import Missing, Status, Watcher, as_json, headline
+from pipeline.operations.stops import Stop
 
 #: Partitions named in the stages table before the rest is only counted.
 _PARTITIONS_NAMED = 4
+#: Silent sources named, the longest silent first.
+_SILENT_NAMED = 20
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +40,9 @@ def status(
     data_dir: DataDir = None,
     json_: Json = False,
 ) -> None:
-    """Show lag, rates, workers, and what waits for a person. Exit code 1 when Kafka or PostgreSQL does not answer.
+    """Show lag, rates, workers, what waits for a person, and what usage may be missing.
+
+    Exit code 1 when Kafka or PostgreSQL does not answer.
 
     With --watch and --json, one object for every look.
     """
@@ -76,7 +82,8 @@ def _watch(watcher: Watcher, seconds: float, *, as_json_: bool) -> None:
 
 def draw(status: Status) -> RenderableType:
     """The whole status: the headline, the stages, the workers, and what was refused."""
-    good = status.caught_up and status.reachable
+    whole = status.missing is None or not (status.missing.gaps.runs or status.missing.silent)
+    good = status.caught_up and status.reachable and whole
     line = Text.assemble(
         ("● ", "green" if good else "red" if not status.reachable else "yellow"),
         (headline(status) or "nothing is known", "bold"),
@@ -86,10 +93,14 @@ def draw(status: Status) -> RenderableType:
     stages = [stage for stage in (status.rater, status.sink) if stage is not None]
     if stages or status.relay is not None:
         parts.append(_stages(stages, status))
+    for stop in status.stopped or ():
+        parts.append(_stopped(stop))
     if any(stage.group.members for stage in stages):
         parts.append(_workers(stages))
     if status.refused is not None:
         parts.append(_refused(status))
+    if status.missing is not None:
+        parts += _missing(status, status.missing)
     return Group(*parts)
 
 
@@ -143,6 +154,14 @@ def _where(behind: list[tuple[int, int]], waiting: int) -> str:
     return ", ".join(texts)
 
 
+def _stopped(stop: Stop) -> Text:
+    return Text.assemble(
+        (f"partition {stop.partition} stopped", "bold red"),
+        f" before offset {stop.next_offset:,}: {stop.why}. Look at `tally dlq list`, mend the cause, then go on with ",
+        (f"tally dlq resume {stop.partition}", "bold"),
+    )
+
+
 def _workers(stages: list[StageLag]) -> Table:
     table = _table("worker", "host", "member", "partitions")
     for stage in stages:
@@ -186,6 +205,42 @@ def _refused(status: Status) -> RenderableType:
     if not open_letters:
         return table
     return Group(table, Text("tally dlq list shows the dead letters", "dim"))
+
+
+def _missing(status: Status, missing: Missing) -> Iterator[RenderableType]:
+    """Holes with their likely cause, hours that fell short, sources that fell silent; nothing where there are none."""
+    gaps = missing.gaps
+    if gaps.runs:
+        table = _table("missing from", "numbers", "count", "when", "likely cause", right=("count",))
+        for gap in gaps.explained:
+            table.add_row(Text(gap.source, "red"), gap.numbers, f"{gap.missing:,}", when(gap), because(gap))
+        yield table
+        more = gaps.runs - len(gaps.explained)
+        also = f"{more:,} more; " if more else ""
+        yield Text(f"{also}tally gaps list shows them, tally gaps accept settles what is explained", "dim")
+    if missing.short:
+        table = _table("producer", "hour", "emitted", "arrived", "missing", right=("emitted", "arrived", "missing"))
+        for hour in missing.short:
+            table.add_row(
+                hour.source,
+                f"{hour.hour:%Y-%m-%d %H:%M}Z",
+                f"{hour.emitted:,}",
+                f"{hour.emitted - hour.missing:,}",
+                Text(f"{hour.missing:,}", "red"),
+            )
+        yield table
+    if missing.silent:
+        table = _table("silent", "last seen", "ago", "usually at most", right=("ago", "usually at most"))
+        for one in missing.silent[:_SILENT_NAMED]:
+            table.add_row(
+                Text(one.source, "yellow"),
+                f"{one.last_at:%Y-%m-%d %H:%M}Z",
+                age(one.last_at, status.at),
+                span(one.usual_seconds),
+            )
+        yield table
+        if (more := len(missing.silent) - _SILENT_NAMED) > 0:
+            yield Text(f"{more:,} more", "dim")
 
 
 def _next(one: ReasonCount, now: datetime) -> str:

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def rater(data_dir: DataDir = None) -> None:
     """Rate usage events: dedupe, enrich, price. Run as many as there are partitions."""
-    # Faust and RocksDB take half a second to import: only the worker that needs them pays.
+    # Faust and numpy take half a second to import: only the worker that needs them pays.
     from pipeline.rating import app as rating
 
     settings = settings_for(data_dir)

@@ -19,7 +19,7 @@ from pipeline.core.periods import Period, format_instant, month_of
 from pipeline.core.plans import Plan
 from pipeline.core.reasons import Reason, Rejection, Stage
 
-__all__ = ["Catalog", "Entry", "Segment", "Terms"]
+__all__ = ["EARLY_US", "NOTICE_S", "STALE_S", "Catalog", "Entry", "Segment", "Terms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,13 @@ class Terms:
     start_us: Micros
     end_us: Micros
 
+
+#: A version's ``valid_from`` lies at least this long after its publication (law 4), seconds.
+NOTICE_S = 60
+#: A rater whose catalog may be older than this waits, seconds.
+STALE_S = 30
+#: So an event up to this far ahead of the present has its price: a later publication counts only from after it.
+EARLY_US: Micros = (NOTICE_S - STALE_S) * 1_000_000
 
 #: After every instant.
 _NEVER: Micros = 2**63 - 1

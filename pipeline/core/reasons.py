@@ -32,6 +32,7 @@ class Reason(StrEnum):
     EVENT_TYPE_INVALID = "event_type_invalid"
     TOO_OLD = "too_old"
     IN_THE_FUTURE = "in_the_future"
+    AHEAD_OF_PRICES = "ahead_of_prices"  # its time lies so far ahead that a price for it may still be published
     WRONG_PARTITION = "wrong_partition"
     # dedupe
     CONFLICTING_DUPLICATE = "conflicting_duplicate"
@@ -53,7 +54,9 @@ class Reason(StrEnum):
 
 
 #: Tried again with back-off for seven days; after that dead-lettered under the same reason.
-PARKING = frozenset({Reason.WRONG_PARTITION, Reason.UNKNOWN_ACCOUNT, Reason.NO_CONTRACT, Reason.NO_PRICE})
+PARKING = frozenset(
+    {Reason.AHEAD_OF_PRICES, Reason.WRONG_PARTITION, Reason.UNKNOWN_ACCOUNT, Reason.NO_CONTRACT, Reason.NO_PRICE}
+)
 
 
 class Rejection(NamedTuple):

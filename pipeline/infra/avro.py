@@ -103,7 +103,7 @@ class Schemas:
 
 
 EVENTS, RATED, RECEIPTS = "usage.events-value", "usage.rated-value", "usage.receipts-value"
-DEAD_LETTER, CATALOG = "usage.dead-letter-value", "billing.catalog-value"
+DEAD_LETTER, CATALOG, CONTROLS = "usage.dead-letter-value", "billing.catalog-value", "usage.controls-value"
 
 
 def _listed(folder: Path) -> list[SchemaVersion]:

@@ -592,6 +592,18 @@ def _leftovers(children: list[tuple[int, float]], pgdata: Path) -> list[int]:
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
 
 
+_POSTGRES_SETTINGS = {
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "max_connections": "100",
+    # Rows arrive in the order of their identities' hashes, all over the month's unique index: after a checkpoint each
+    # of its pages goes to the log whole, once: checkpoints are therefore rare.
+    "shared_buffers": "512MB",
+    "max_wal_size": "8GB",
+    "checkpoint_timeout": "30min",
+}
+
+
 class _Postgres:
     name = "PostgreSQL"
 
@@ -638,7 +650,7 @@ class _Postgres:
         server = [
             str(self._bin / "postgres"),
             *("-D", str(self.data), "-k", str(self._socket_dir), "-h", "", "-p", "5432"),
-            *("-c", "timezone=UTC", "-c", "log_timezone=UTC", "-c", "max_connections=100"),
+            *(f"-c{name}={value}" for name, value in _POSTGRES_SETTINGS.items()),
         ]
         with self.log.open("ab") as output:
             # SIGINT is PostgreSQL's fast shutdown: sessions are ended, the data is flushed.

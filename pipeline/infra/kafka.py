@@ -11,6 +11,7 @@ _PASSING = frozenset(
         KafkaError._TRANSPORT,
         KafkaError._RESOLVE,
         KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._DESTROY_BROKER,
         KafkaError._WAIT_COORD,
         KafkaError._WAIT_CACHE,
         KafkaError.NOT_COORDINATOR,

@@ -38,6 +38,7 @@ RATER_BATCHES = _counter("rater_committed", "batches", "Batches committed: one K
 RATER_COMMIT = _histogram("rater_commit", "seconds", "From beginning a transaction to its confirmed commit", _SECONDS)
 RATER_BATCH = _histogram("rater_batch", "records", "Records in a committed batch", _RECORDS)
 RATER_ABORTED = _counter("rater_aborted", "transactions", "Transactions aborted; their batches run again")
+RATER_STOPPED = _gauge("rater_stopped", "partitions", "1 where dead-letter limits stopped the events", ("partition",))
 RATER_LAG = _gauge("rater_lag", "records", "Read-committed end offset minus position, markers included", _PARTITION)
 RATER_POSITION = _gauge("rater_position", "offset", "Next offset to be rated", _PARTITION)
 RATER_SEEN = _gauge("rater_seen", "keys", "Event identities remembered on local disk", ("partition",))
@@ -53,11 +54,6 @@ SINK_POSITION = _gauge("sink_position", "offset", "Next offset to be written", _
 # -- relay
 RELAY_PUBLISHED = _counter("relay_published", "versions", "Catalog versions put on billing.catalog")
 RELAY_PENDING = _gauge("relay_pending", "versions", "Catalog versions in the outbox, not yet on billing.catalog")
-# -- producer
-PRODUCER_SENT = _counter("producer_sent", "events", "Events accepted for sending")
-PRODUCER_DELIVERED = _counter("producer_delivered", "events", "Events that the broker has confirmed")
-PRODUCER_FAILED = _counter("producer_failed", "events", "Events refused for good, by error name", ("error",))
-PRODUCER_SPOOLED = _gauge("producer_spooled", "events", "Events kept on disk while the broker is away")
 # fmt: on
 
 

@@ -63,8 +63,27 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, ge=0, le=65535, description="0 picks a free port; unset turns metrics off")
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    session_timeout: float = Field(10.0, ge=6.0, description="a dead rater's partitions move on after this long")
+    session_timeout: float = Field(6.0, ge=6.0, description="a dead rater's partitions move on after this long")
+    progress_timeout: float = Field(
+        60.0, ge=5.0, description="a rater that stands still for so long while events wait ends, to be started again"
+    )
+    snapshot_dir: Path | None = Field(
+        None,
+        description="where raters keep copies of their state, on a volume that outlives a worker's disk and that all "
+        "raters share; unset means that a lost disk is made good by reading the changelogs, up to 37 days of them",
+    )
+    snapshot_interval: float = Field(600.0, gt=0, description="from one copy of a partition's state to the next")
     batch_records: int = Field(5000, ge=1, le=5000, description="most events in one transaction")
+    dead_letter_run_max: int = Field(
+        1000, ge=0, description="a partition stops after more dead letters in a row; 0 means no limit"
+    )
+    dead_letter_percent_max: int = Field(
+        50, ge=1, le=100, description="a partition stops above this share of dead letters; 100 means no limit"
+    )
+    dead_letter_window: int = Field(10_000, ge=1, description="the last events that share is taken of")
+    sequence_grace: float = Field(
+        900.0, ge=0, description="a sequence number may be this late before it counts as missing"
+    )
     actor: str = Field(default_factory=_user, description="who publishes and decides")
 
     @property

@@ -78,6 +78,11 @@ class Topics:
         return self.prefix + "usage.dead-letter"
 
     @property
+    def controls(self) -> str:
+        """What producers say they emitted: one partition, since it is a few records an hour and source."""
+        return self.prefix + "usage.controls"
+
+    @property
     def catalog(self) -> str:
         return self.prefix + "billing.catalog"
 
@@ -100,6 +105,7 @@ class Topics:
             self.events: 37,
             self.rated: 37,
             self.receipts: 37,
+            self.controls: 37,
             self.seen: 37,
             self.retry: 60,
             self.dead_letter: 90,
@@ -124,7 +130,7 @@ def ensure_topics(settings: Settings) -> list[str]:
     Raises TopicMismatch when existing topics are not as Tally needs them, KafkaException when the broker refuses.
     """
     topics = Topics(settings.topic_prefix)
-    wanted = dict.fromkeys(topics.partitioned, settings.partitions) | {topics.catalog: 1}
+    wanted = dict.fromkeys(topics.partitioned, settings.partitions) | {topics.catalog: 1, topics.controls: 1}
     admin = AdminClient(settings.kafka)
     created = []
     futures = admin.create_topics(
@@ -157,7 +163,7 @@ def _await_visible(admin: AdminClient, names: set[str]) -> None:
 def check_topics(settings: Settings, ignore: set[str] | None = None) -> None:
     """Raise TopicMismatch, naming every difference, unless all topics exist as Tally needs them."""
     topics = Topics(settings.topic_prefix)
-    names = [name for name in (*topics.partitioned, topics.catalog) if name not in (ignore or ())]
+    names = [name for name in (*topics.partitioned, topics.controls, topics.catalog) if name not in (ignore or ())]
     admin = AdminClient(settings.kafka)
     known = admin.list_topics(timeout=15).topics
     mismatches: list[Mismatch] = []

@@ -21,6 +21,7 @@ from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
 from pipeline.operations.dead_letters import ReasonCount, Selection, reasons
 from pipeline.operations.peek import Place, peek, place_of
+from pipeline.operations.stops import Stop, stops
 
 #: Longest wait for Kafka's first answer, seconds.
 KAFKA_ANSWERS_S = 5.0
@@ -138,7 +139,7 @@ class KafkaLook:
             raise Away(f"Kafka does not answer: {said[0] if said else error.args[0].str()}") from error
         topics = self._topics
         self.rater_topics = (topics.events, topics.retry)
-        self.sink_topics = (topics.rated, topics.receipts, topics.retry, topics.dead_letter)
+        self.sink_topics = (topics.rated, topics.receipts, topics.retry, topics.dead_letter, topics.controls)
         names = dict.fromkeys((*self.rater_topics, *self.sink_topics))
         if missing := [name for name in names if name not in known]:
             raise Away(f"topic {missing[0]} does not exist: run `tally up`, or `tally topics` on your own Kafka")
@@ -158,6 +159,10 @@ class KafkaLook:
         request = ConsumerGroupTopicPartitions(group)
         answer = self._admin.list_consumer_group_offsets([request], request_timeout=_ANSWER_S)[group].result(_ANSWER_S)
         return {(tp.topic, tp.partition): tp.offset for tp in answer.topic_partitions if tp.offset >= 0}
+
+    def stops(self) -> list[Stop]:
+        """Partitions that a dead-letter limit stopped."""
+        return stops(self._settings, self._admin)
 
     def group(self, name: str) -> Group:
         name = f"{self._settings.topic_prefix}{name}"

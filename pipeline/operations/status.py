@@ -1,8 +1,10 @@
-"""The state of a deployment in one object: what is behind, how fast it moves, who works, what waits for a person."""
+"""The state of a deployment in one object: what is behind, how fast it moves, who works, what waits for a person, and
+what usage may be missing.
+"""
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -10,10 +12,12 @@ import psycopg
 from confluent_kafka import KafkaException
 from psycopg import Connection
 
+from pipeline.core.gaps import Gap, HourTotal, Silence, because, when
 from pipeline.infra.avro import load_schemas
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
+from pipeline.operations.gaps import Gaps, open_gaps, short_hours, silent_sources
 from pipeline.operations.lag import (
     Away,
     KafkaLook,
@@ -26,6 +30,7 @@ from pipeline.operations.lag import (
     sink_positions,
 )
 from pipeline.operations.peek import Place
+from pipeline.operations.stops import Stop
 
 #: Time between the two looks that rates are made of, seconds.
 BETWEEN_LOOKS_S = 1.0
@@ -40,6 +45,16 @@ class Moment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """Usage that may be missing."""
+
+    gaps: Gaps
+    #: Hours of which less arrived than their producer says it emitted.
+    short: list[HourTotal]
+    silent: list[Silence]
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """One look. None where a service is away; its problem says why."""
 
@@ -50,6 +65,9 @@ class Status:
     sink: StageLag | None
     relay: Relay | None
     refused: Refused | None
+    #: Partitions that a dead-letter limit stopped.
+    stopped: list[Stop] | None
+    missing: Missing | None
 
     @property
     def reachable(self) -> bool:
@@ -59,7 +77,12 @@ class Status:
     def caught_up(self) -> bool:
         """Every stage was reached and has nothing to do."""
         stages = (self.rater, self.sink)
-        return self.relay is not None and self.relay.pending == 0 and all(s is not None and s.lag == 0 for s in stages)
+        return (
+            not self.stopped
+            and self.relay is not None
+            and self.relay.pending == 0
+            and all(s is not None and s.lag == 0 for s in stages)
+        )
 
 
 class Watcher:
@@ -87,12 +110,12 @@ class Watcher:
             time.sleep(BETWEEN_LOOKS_S)
             now, kafka_problem, postgres_problem = self._moment()
         self._before = now
-        rater = sink = None
-        pending = rest = None
+        rater = sink = stopped = None
+        pending = rest = missing = None
         if self._kafka is not None:
             topics, kafka = self._topics, self._kafka
             try:
-                ends = kafka.ends()
+                ends, stopped = kafka.ends(), kafka.stops()
                 if now.rater is not None:
                     rate = _rate(topics.events, before and (before.at, before.rater), (now.at, now.rater))
                     rater = kafka.stage("rater", kafka.rater_topics, now.rater, ends, rate, self._schemas)
@@ -104,9 +127,18 @@ class Watcher:
         if self._postgres is not None:
             try:
                 pending, rest = relay(self._postgres), refused(self._postgres)
+                missing = self._missing(self._postgres, caught_up=bool(rater and sink and not rater.lag + sink.lag))
             except psycopg.Error as error:
                 postgres_problem = self._lost_postgres(error)
-        return Status(datetime.now(UTC), kafka_problem, postgres_problem, rater, sink, pending, rest)
+        return Status(datetime.now(UTC), kafka_problem, postgres_problem, rater, sink, pending, rest, stopped, missing)
+
+    def _missing(self, connection: "Connection[Any]", *, caught_up: bool) -> Missing:
+        grace_s = self._settings.sequence_grace
+        return Missing(
+            gaps=open_gaps(connection, grace_s=grace_s),
+            short=short_hours(connection, grace_s=grace_s),
+            silent=silent_sources(connection, datetime.now(UTC), caught_up=caught_up),
+        )
 
     def _moment(self) -> tuple[Moment, str | None, str | None]:
         """Where the stages stand, and what does not answer."""
@@ -159,12 +191,30 @@ def headline(status: Status) -> str:
             parts.append(_behind(stage, records))
         elif stage is not None and not stage.group.members:
             parts.append(f"no {stage.stage} is running")
+    if status.stopped:
+        names = ", ".join(str(stop.partition) for stop in status.stopped)
+        parts.insert(0, f"partition {names} stopped by a dead-letter limit")
     if status.relay is not None and status.relay.pending:
         versions = "version waits" if status.relay.pending == 1 else "versions wait"
         parts.append(f"{status.relay.pending:,} catalog {versions} for the relay")
     if status.caught_up:
         parts.insert(0, "all caught up")
+    if status.missing is not None:
+        parts += _missing_parts(status.missing)
     return "; ".join(parts)
+
+
+def _missing_parts(missing: Missing) -> list[str]:
+    parts = []
+    if missing.gaps.missing:
+        numbers = "sequence number is" if missing.gaps.missing == 1 else "sequence numbers are"
+        sources = "1 source" if missing.gaps.sources == 1 else f"{missing.gaps.sources:,} sources"
+        parts.append(f"{missing.gaps.missing:,} {numbers} missing from {sources}")
+    if missing.silent:
+        parts.append(
+            "1 source fell silent" if len(missing.silent) == 1 else f"{len(missing.silent):,} sources fell silent"
+        )
+    return parts
 
 
 def _behind(stage: StageLag, records: str) -> str:
@@ -190,6 +240,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "postgres": {"reachable": status.postgres_problem is None, "problem": status.postgres_problem},
         "rater": None if status.rater is None else _stage_json(status.rater),
         "sink": None if status.sink is None else _stage_json(status.sink),
+        "stopped": None if status.stopped is None else [stop._asdict() for stop in status.stopped],
         "relay": None
         if status.relay is None
         else {"pending_versions": status.relay.pending, "oldest_at": status.relay.oldest_at},
@@ -221,7 +272,24 @@ def as_json(status: Status) -> dict[str, Any]:
         "quarantined": None
         if status.refused is None
         else [{"reason": reason, "rows": rows} for reason, rows in status.refused.quarantined.items()],
+        "missing": None if status.missing is None else _missing_json(status.missing),
     }
+
+
+def _missing_json(missing: Missing) -> dict[str, Any]:
+    return {
+        "sequence_numbers": missing.gaps.missing,
+        "runs": missing.gaps.runs,
+        "sources": missing.gaps.sources,
+        "gaps": [gap_json(gap) for gap in missing.gaps.explained],
+        "short_hours": [asdict(hour) for hour in missing.short],
+        "silent_sources": [asdict(silence) for silence in missing.silent],
+    }
+
+
+def gap_json(gap: Gap) -> dict[str, Any]:
+    """An open hole as data for JSON."""
+    return asdict(gap) | {"missing": gap.missing, "because": because(gap), "when": when(gap)}
 
 
 def _stage_json(stage: StageLag) -> dict[str, Any]:

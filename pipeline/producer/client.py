@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,9 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipeline.infra.avro import EVENTS, frame, load_schemas
+from pipeline.infra.avro import CONTROLS, EVENTS, frame, load_schemas
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
+from pipeline.producer.controls import Controls
 from pipeline.producer.errors import ProducerClosed
 from pipeline.producer.journal import Journal
 from pipeline.producer.sender import OnDelivery, Sender
@@ -105,20 +106,28 @@ class UsageProducer:
         if "/" in source:
             raise ValueError(f"expected a source without '/', which divides it from its epoch, got {source!r}")
         source_field(f"{source}/{'0' * 12}")
-        topic = Topics(topic_prefix).events
+        topics = Topics(topic_prefix)
         self._block_seconds = block_seconds
         with ExitStack() as undo:
-            self._spool = Spool(Path(spool_dir), source, topic)
+            self._spool = Spool(Path(spool_dir), source, topics.events)
             undo.callback(self._spool.abandon)
-            self._frame = frame(_schema_id(self._spool, registry_url))
+            self._frame = frame(_schema_id(self._spool, registry_url, EVENTS))
+            control_frame = frame(_schema_id(self._spool, registry_url, CONTROLS))
             self._journal = Journal(self._spool.folder, self._spool.identity.epoch, spool_bytes_max)
             undo.callback(self._journal.abandon)
+            epoch = self._spool.identity.epoch
+            self._controls = Controls(
+                self._spool.folder, source, epoch, self._journal.left, self._journal.next_sequence
+            )
             self._sender = Sender(
                 self._journal,
+                self._controls,
                 {**(kafka or {}), "bootstrap.servers": bootstrap},
-                topic=topic,
+                topic=topics.events,
+                controls_topic=topics.controls,
+                control_frame=control_frame,
                 name=self.source,
-                epoch=self._spool.identity.epoch,
+                epoch=epoch,
                 folder=self._spool.folder,
                 on_delivery=on_delivery,
             )
@@ -181,8 +190,11 @@ class UsageProducer:
         if self._closed is not None:
             raise ProducerClosed(self._closed)
         key, body, at = encode(account, event_type, properties, timestamp, idempotency_key, subject)
-        self._warn_if_ahead(at)
+        now = time.time()
+        self._warn_if_ahead(at, now)
         before = None if on_delivery is None else partial(self._sender.expect, on_delivery)
+        if now >= self._controls.hour_ends:
+            before = partial(self._begin_hour, now, before)
         sequence = self._journal.append(key, self._frame + body + self._source_field, self._block_seconds, before)
         if not self._sender.work.is_set():
             self._sender.work.set()
@@ -203,7 +215,8 @@ class UsageProducer:
     def flush(self, timeout: float | None = None) -> int:
         """Wait until every event is delivered or rejected, at most ``timeout`` seconds (None: without end).
 
-        Returns the number of events still waiting, 0 when all are done. What other threads emit meanwhile counts.
+        Returns the number of events still waiting, 0 when all are done. What other threads emit meanwhile counts. The
+        control totals of what was emitted follow within a second or so; nobody waits for them.
         """
         if self._sender.is_current_thread:
             raise RuntimeError("flush and close wait for delivery reports, so on_delivery must not call them")
@@ -212,6 +225,7 @@ class UsageProducer:
         progress = self._sender.progress
         with progress:
             progress.wait_for(lambda: self._waiting == 0 or self._closed is not None, timeout)
+        self._sender.ask_for_totals()
         return self._waiting
 
     def sync(self) -> None:
@@ -232,11 +246,12 @@ class UsageProducer:
         with self._closing:
             if self._closed is not None:
                 return 0
+            until = time.monotonic() + timeout
             self.flush(timeout)
             self._closed = "the producer is closed"
             _live.discard(self)
             atexit.unregister(self.close)
-            self._sender.close()
+            self._sender.close(until - time.monotonic())
             self._journal.close()
             self._spool.close()
         if remaining := self._waiting:
@@ -287,9 +302,13 @@ class UsageProducer:
     def _waiting(self) -> int:
         return self.next_sequence - self._first_sequence + self._journal.recovered - self._sender.done
 
-    def _warn_if_ahead(self, at: int) -> None:
+    def _begin_hour(self, now: float, then: Callable[[int], None] | None, sequence: int) -> None:
+        self._controls.begin_hour(now, sequence)
+        if then is not None:
+            then(sequence)
+
+    def _warn_if_ahead(self, at: int, now: float) -> None:
         # Not refused: this machine's clock may be the wrong one. A dead letter can be mended, a refused event is lost.
-        now = time.time()
         ahead = at * 1e-6 - now
         if ahead > _AHEAD_SECONDS_MAX and now >= self._ahead_warning_at:
             self._ahead_warning_at = now + _AHEAD_WARNING_EVERY
@@ -310,14 +329,14 @@ class UsageProducer:
         _inherited.append(self)
 
 
-def _schema_id(spool: Spool, registry_url: str | None) -> int:
-    """The event schema's id; a registry is asked once per spool, since an id never changes."""
+def _schema_id(spool: Spool, registry_url: str | None, subject: str) -> int:
+    """The id of a subject's schema; a registry is asked once per spool, since an id never changes."""
     if registry_url is None:
-        return load_schemas().newest(EVENTS).id
-    text = load_schemas().newest(EVENTS).text()
+        return load_schemas().newest(subject).id
+    text = load_schemas().newest(subject).text()
     known_as = f"{registry_url}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if known_as not in spool.identity.schema_ids:
-        spool.remember_schema(known_as, load_schemas(registry_url).newest(EVENTS).id)
+        spool.remember_schema(known_as, load_schemas(registry_url).newest(subject).id)
     return spool.identity.schema_ids[known_as]
 
 

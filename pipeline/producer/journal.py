@@ -91,6 +91,18 @@ class Entry(NamedTuple):
     value: bytes
 
 
+class Left(NamedTuple):
+    """What an earlier run left in a segment: numbers from ``first`` to, not including, ``following``."""
+
+    epoch: str
+    first: int
+    #: Where they end that can be read; below ``following`` only where the segment is damaged.
+    readable: int
+    following: int
+    #: Runs of those not yet delivered or rejected, both ends inclusive.
+    waiting: list[tuple[int, int]]
+
+
 class Journal:
     """All segments of one spool folder, oldest first; the last one is written to.
 
@@ -108,10 +120,14 @@ class Journal:
         self._room = threading.Condition(threading.Lock())
         self._segments: list[Segment] = []
         self._final_next = 1
+        #: What earlier runs left, oldest first.
+        self.left: list[Left] = []
         try:
             for path in sorted(folder.glob("*.journal")):
-                if (segment := _recover(path)) is not None:
+                if (recovered := _recover(path)) is not None:
+                    segment, left = recovered
                     self._segments.append(segment)
+                    self.left.append(left)
             # Never append after a recovered tail: a record cut short may follow it.
             first = 1
             if self._segments and self._segments[-1].epoch == epoch:
@@ -238,6 +254,19 @@ class Journal:
             cursor.segment, cursor.at, cursor.index = self._segments[place + 1], _SEGMENT.size, 0
             return True
 
+    def first_waiting(self, epoch: str) -> int | None:
+        """The lowest number of an epoch that is not marked; None when all are."""
+        for segment in tuple(self._segments):
+            if segment.epoch != epoch or not segment.pending:
+                continue
+            at, (end, _), sequence = _SEGMENT.size, segment.tail, segment.base
+            while at < end:
+                state, key_bytes, value_bytes, _ = _RECORD.unpack_from(segment.map, at)
+                if state == PENDING:
+                    return sequence
+                at, sequence = at + _RECORD.size + key_bytes + value_bytes, sequence + 1
+        return None
+
     def mark(self, segment: Segment, at: int, state: int) -> None:
         """Note that an event needs no more sending. Room comes back with ``retire``."""
         segment.map[at] = state
@@ -309,7 +338,7 @@ def _allocate(file: int, size: int) -> None:
         os.pwrite(file, bytes(size), 0)
 
 
-def _recover(path: Path) -> Segment | None:
+def _recover(path: Path) -> tuple[Segment, Left] | None:
     """A segment an earlier run left, cut to what it holds; None, and the file removed, when it was never used."""
     data = path.read_bytes()
     if not any(data[: len(_MAGIC)]):  # killed before its header was complete
@@ -319,14 +348,20 @@ def _recover(path: Path) -> Segment | None:
         raise SpoolError(f"{path} is not a journal of this version: move it away")
     _, epoch, base, sealed = _SEGMENT.unpack_from(data)
     at, count, done = _SEGMENT.size, 0, 0
+    waiting: list[tuple[int, int]] = []
     while at + _RECORD.size <= len(data):
         state, key_bytes, value_bytes, crc = _RECORD.unpack_from(data, at)
         start = at + _RECORD.size
         end = start + key_bytes + value_bytes
         if not value_bytes or end > len(data) or zlib.crc32(data[start:end]) != crc:
             break
+        if state != PENDING:
+            done += 1
+        elif waiting and waiting[-1][1] == base + count - 1:
+            waiting[-1] = (waiting[-1][0], base + count)
+        else:
+            waiting.append((base + count, base + count))
         count += 1
-        done += state != PENDING
         at = end
     if count < sealed:
         keep = path.with_suffix(".damaged")
@@ -342,4 +377,4 @@ def _recover(path: Path) -> Segment | None:
     os.ftruncate(file, at)
     segment = Segment(path, file, at, epoch.rstrip(b"\0").decode(), base)
     segment.tail, segment.done = (at, count), done
-    return segment
+    return segment, Left(segment.epoch, base, base + count, base + max(count, sealed), waiting)

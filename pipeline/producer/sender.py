@@ -1,22 +1,28 @@
-"""Carries the journal to Kafka in order, on one background thread, and marks what Kafka confirmed.
+"""Carries the journal to Kafka in order, on one background thread, marks what Kafka confirmed, and says so in control
+totals (``pipeline.producer.controls``).
 
 Whatever fails and may pass (Kafka away, a topic not there yet, a leader election, a missing permission) ends in the
 same move: send no more, wait until everything in flight is reported, back off, and start over from the first event not
 marked. Only a fault of the message itself is final: it goes to ``rejected.jsonl``.
 """
 
+import io
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import fastavro
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from fastavro.types import Schema
 
+from pipeline.infra.avro import CONTROLS, load_schemas
 from pipeline.infra.topics import EVENT_BYTES_MAX
+from pipeline.producer.controls import Controls, Total
 from pipeline.producer.journal import DELIVERED, REJECTED, Entry, Journal, Segment
 from pipeline.producer.rejected import idempotency_key, write_rejected
 
@@ -47,6 +53,10 @@ _IN_FLIGHT_WAIT = 60.0
 _SYNC_EVERY = 1.0
 #: Seconds for reports of purged messages when a client is given up.
 _PURGE_WAIT = 1.0
+#: Seconds between two totals of one hour that callers of ``flush`` asked for.
+_ASKED_EVERY = 1.0
+#: Seconds ``close`` waits for Kafka to take the last totals; the next producer on the folder says those it did not.
+_FAREWELL_WAIT = 2.0
 
 CLIENT_CONFIG: dict[str, str | int | bool] = {
     "enable.idempotence": True,
@@ -86,9 +96,12 @@ class Sender:
     def __init__(
         self,
         journal: Journal,
+        controls: Controls,
         kafka: dict[str, str | int | bool],
         *,
         topic: str,
+        controls_topic: str,
+        control_frame: bytes,
         name: str,
         epoch: str,
         folder: Path,
@@ -106,7 +119,8 @@ class Sender:
         #: Notified after every round of reports.
         self.progress = threading.Condition()
 
-        self._journal = journal
+        self._journal, self._controls = journal, controls
+        self._controls_topic, self._control_frame = controls_topic, control_frame
         self._kafka = {**CLIENT_CONFIG, **kafka, "error_cb": self._on_client_error}
         self._topic, self._name, self._epoch, self._folder = topic, name, epoch, folder
         self._on_delivery = on_delivery
@@ -121,6 +135,13 @@ class Sender:
         self._renew = False
         self._back_off = _BACK_OFF_MIN
         self._sync_at = 0.0
+        #: A caller wants totals said; not before ``_ask_after``.
+        self._asked = False
+        self._ask_after = 0.0
+        self._closing = False
+        #: Closing, and Kafka has answered every total.
+        self._said_all = False
+        self._totals_refused = False
         self._stop = threading.Event()
         self._producer = Producer(self._kafka)
         self._thread = threading.Thread(target=self._run, name="tally-producer", daemon=True)
@@ -138,8 +159,21 @@ class Sender:
         """Call ``on_delivery`` for the event of this run with this number."""
         self.callbacks[sequence] = on_delivery
 
-    def close(self) -> None:
-        """Stop the thread and drop the client; what is not marked stays in the journal."""
+    def ask_for_totals(self) -> None:
+        """Say the control totals of what was emitted so far, soon."""
+        self._asked = True
+        self.work.set()
+
+    def close(self, timeout: float) -> None:
+        """Say the last totals, within ``timeout`` seconds and the time there is for it, stop the thread and drop the
+        client. What is not marked stays in the journal.
+        """
+        self._closing = True
+        self.work.set()
+        with self.progress:
+            self.progress.wait_for(
+                lambda: self._said_all or self.trouble is not None, max(0.0, min(timeout, _FAREWELL_WAIT))
+            )
         self._stop.set()
         self.work.set()
         self._thread.join()
@@ -153,6 +187,7 @@ class Sender:
                 log.exception("the sender of %s failed and starts over", self._name)
                 self._renew = True
         self._disconnect()
+        self._controls.save()
 
     def _round(self) -> None:
         if self._renew:
@@ -168,7 +203,8 @@ class Sender:
             self._rewind()
         elif time.monotonic() > self._start_over_by:
             self._renew = True
-        if self._unsent or self.in_flight:
+        self._say_totals()
+        if self._unsent or self.in_flight or (self._closing and self._controls.on_the_way):
             self._producer.poll(_REPORT_WAIT if self.trouble is None else _IDLE_WAIT)
         else:
             self._producer.poll(0)
@@ -177,6 +213,7 @@ class Sender:
         if self.trouble is not None and time.monotonic() >= self._sync_at:
             self._journal.sync()
             self._sync_at = time.monotonic() + _SYNC_EVERY
+        self._controls.save()
         with self.progress:
             self.progress.notify_all()
 
@@ -206,6 +243,45 @@ class Sender:
                 self._alone = suspect
             self._producer.poll(0)
 
+    # -- control totals
+
+    def _say_totals(self) -> None:
+        """Send the totals that are due, behind the events they count. They hold nothing up: Kafka's word on them only
+        decides when they are said again.
+        """
+        if self.trouble is not None or self._start_over_by is not None:
+            return
+        now, closing = time.monotonic(), self._closing
+        asked = closing or (self._asked and now >= self._ask_after)
+        if asked:
+            self._asked, self._ask_after = False, now + _ASKED_EVERY
+        totals = self._controls.due(
+            self._journal.next_sequence, self._journal.first_waiting, asked=asked, closing=closing
+        )
+        for total in totals:
+            try:
+                self._producer.produce(
+                    self._controls_topic, self._encoded(total), total.source, on_delivery=partial(self._heard, total)
+                )
+            except (BufferError, KafkaException):
+                self._controls.heard(total, taken=False)
+        self._said_all = closing and not totals and not self._controls.on_the_way
+
+    def _encoded(self, total: Total) -> bytes:
+        out = io.BytesIO()
+        out.write(self._control_frame)
+        fastavro.schemaless_writer(out, _control_schema(), total.record, strict=True)
+        return out.getvalue()
+
+    def _heard(self, total: Total, error: KafkaError | None, _: Message) -> None:
+        self._controls.heard(total, taken=error is None)
+        if error is not None and error.code() not in _PURGED and not self._totals_refused:
+            log.warning("%s: Kafka does not take control totals (%s); events are not held up", self._name, error.str())
+        if error is None or error.code() not in _PURGED:
+            self._totals_refused = error is not None
+
+    # -- reports
+
     def _report(self, entry: Entry, error: KafkaError | None, message: Message) -> None:
         """One delivery report, called from ``poll``."""
         self.in_flight -= 1
@@ -213,6 +289,7 @@ class Sender:
             self._refused(entry, error, alone=(entry.segment, entry.at) in self._suspects)
             return
         self._journal.mark(entry.segment, entry.at, DELIVERED)
+        self._controls.settle(entry.segment.epoch, entry.sequence)
         self.delivered += 1
         self._back_off = _BACK_OFF_MIN
         self._suspects.discard((entry.segment, entry.at))
@@ -238,6 +315,8 @@ class Sender:
     def _reject(self, entry: Entry, error: KafkaError) -> None:
         write_rejected(self._folder, entry.value, error.str())
         self._journal.mark(entry.segment, entry.at, REJECTED)
+        self._controls.reject(entry.segment.epoch, entry.sequence, error.str())
+        self._controls.settle(entry.segment.epoch, entry.sequence)
         self._suspects.discard((entry.segment, entry.at))
         self.rejected += 1
         log.error(
@@ -290,3 +369,8 @@ class Sender:
         self.in_flight = 0
         self._alone = False
         self._renew = False
+
+
+@cache
+def _control_schema() -> Schema:
+    return load_schemas().newest(CONTROLS).parsed()

@@ -6,6 +6,7 @@ Judges each record by itself. Age is the broker's append time against the event'
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from pipeline.core.catalog import EARLY_US
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, Record, Refused
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
@@ -46,13 +47,20 @@ class Accepted(NamedTuple):
 
 
 def accept(
-    records: list[Record], *, partition: int, partitions: int, frames: dict[bytes, bytes], own_only: bool = False
+    records: list[Record],
+    *,
+    partition: int,
+    partitions: int,
+    frames: dict[bytes, bytes],
+    now_ms: int,
+    own_only: bool = False,
 ) -> Accepted:
     """Decode records and check shape, place and time window.
 
     ``fastpath`` takes what is plain where it was compiled; what it leaves is judged here, record by record.
-    ``frames`` holds the five framing bytes of every known usage-event schema. With ``own_only`` a record need not
-    carry its account as Kafka key (one that came back through retry was keyed again on the way).
+    ``frames`` holds the five framing bytes of every known usage-event schema. With ``own_only`` the records had been
+    parked: one need not carry its account as Kafka key (it was keyed again on the way), and whether it is too early for
+    its prices is judged by ``now_ms``, the worker's clock, no longer by its arrival.
     """
     events: list[Event] = []
     refused: list[Refused] = []
@@ -94,6 +102,9 @@ def accept(
             and _home(account, partitions, homes) == partition
             and (own_only or record.key == account)
         ):
+            if timestamp_us - (now_ms if own_only else record.timestamp) * 1000 > EARLY_US:
+                refused.append(Refused(record, _AHEAD_OF_PRICES, account, key, event_type, timestamp_us))
+                continue
             keep(_new(Event, (record, identity, payload, key, account, event_type, timestamp_us, properties)))
             continue
         rejection = _judge(record, key, account, event_type, ahead_us, source, sequence, partition, partitions)
@@ -101,9 +112,17 @@ def accept(
     return Accepted(events, refused, arrived)
 
 
+_AHEAD_OF_PRICES = Rejection(
+    Stage.ACCEPT,
+    Reason.AHEAD_OF_PRICES,
+    f"expected a time at most {EARLY_US // 1_000_000} s after arrival, or a price for it could still be published: "
+    "waits until then; check the clock of its source",
+)
+
+#: What ``fastpath`` takes: early events are left to be judged here.
 _LIMITS = (
     AGE_MAX_US,
-    AHEAD_MAX_US,
+    EARLY_US,
     EVENT_BYTES_MAX,
     KEY_BYTES_MAX,
     ACCOUNT_BYTES_MAX,

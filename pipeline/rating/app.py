@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +24,11 @@ from confluent_kafka.admin import AdminClient
 from faust.types import TP
 from faust.types.auth import SASLMechanism
 
+from pipeline.core.catalog import STALE_S
+from pipeline.core.limits import Limits
 from pipeline.infra import metrics
 from pipeline.infra.avro import EVENTS, Schemas, frame, load_schemas
+from pipeline.infra.going_on import GoingOn
 from pipeline.infra.logs import get_logger
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, check_topics
@@ -33,6 +37,7 @@ from pipeline.rating.catalog_feed import CatalogFeed
 from pipeline.rating.commit import STUCK_S, Membership
 from pipeline.rating.faust_batches import BatchTransport, Fetched, batch_consumer, co_owned
 from pipeline.rating.partition import PartitionListener, PartitionRater, RaterConfig
+from pipeline.rating.watchdog import Watchdog
 
 log = get_logger(__name__)
 
@@ -42,6 +47,8 @@ _FETCH_BYTES = 2 * 1024 * 1024
 _STOP_S = 20.0
 #: One that has failed has nothing to finish.
 _FAILED_STOP_S = 3.0
+#: Whatever hangs on the way out (the event loop, a client's thread), the process of a failed worker ends after this.
+_GONE_S = 45.0
 _CATALOG_S = 60.0
 #: Objects made between two looks of the cycle collector: several batches' worth.
 _GC_ALLOCATIONS = 200_000
@@ -69,6 +76,16 @@ class Rater(PartitionListener):
         self._feed = CatalogFeed(
             settings.kafka, self._topics, self._config.schemas, lambda error: self.failed(-1, error)
         )
+        self._watchdog = Watchdog(
+            settings.kafka,
+            self._config.schemas,
+            group=self._config.group,
+            retry_topic=self._topics.retry,
+            patience_s=settings.progress_timeout,
+            places=self._watched,
+            in_group=lambda: batch_consumer(self.app).in_group,
+            on_stall=lambda error: self.failed(-1, error),
+        )
         self.app = _faust_app(settings, self._config.group)
         # The value is a fetched list, not bytes: no serializer, no acknowledgement.
         channel = self.app.topic(
@@ -94,6 +111,7 @@ class Rater(PartitionListener):
             return
         log.info("rater_started", group=self._config.group, worker=self._config.worker)
         await self.app.start()
+        self._watchdog.start()
         watches = [asyncio.create_task(watch()) for watch in (self._show_lag, self._watch_faust, self._watch_owners)]
         try:
             await self._done.wait()
@@ -120,7 +138,9 @@ class Rater(PartitionListener):
 
     async def _stop(self) -> None:
         self._feed.stop()
+        self._watchdog.stop()
         await self._release(self._owners)
+        self._config.going_on.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.app.stop(), _STOP_S)
 
@@ -168,12 +188,17 @@ class Rater(PartitionListener):
         owners = [self._owners.pop(partition) for partition in list(partitions) if partition in self._owners]
         for owner in owners:
             owner.stop()
+            for source in Source:
+                metrics.forget(*self._tp(owner.partition, source), metrics.RATER_POSITION, metrics.RATER_LAG)
+            metrics.RATER_STOPPED.remove(str(owner.partition))
+            metrics.RATER_SEEN.remove(str(owner.partition))
         deadline = time.monotonic() + (_STOP_S if self._failure is None else _FAILED_STOP_S)
         for owner in owners:
-            await asyncio.to_thread(owner.join, max(0.0, deadline - time.monotonic()))
+            while owner.is_alive() and not owner.stuck and time.monotonic() < deadline:
+                await asyncio.to_thread(owner.join, 0.5)
             if owner.is_alive():
                 self.failed(
-                    owner.partition, RaterFailed(f"partition {owner.partition} did not stop in {_STOP_S:.0f} s")
+                    owner.partition, RaterFailed(f"partition {owner.partition} did not stop, or hangs in a Kafka call")
                 )
 
     # -- what partitions tell (from their threads)
@@ -198,6 +223,10 @@ class Rater(PartitionListener):
         if self._failure is None:
             self._failure = error
             log.error("rater_failed", partition=partition, error=f"{type(error).__name__}: {error}")
+            # In case nothing below works any more. A daemon: when the process ends in time, it goes with it.
+            last_resort = threading.Timer(_GONE_S, _leave)
+            last_resort.daemon = True
+            last_resort.start()
         self._in_loop(self._done.set)
 
     def committed(self, partition: int, batch: Batch, outcome: Outcome, seconds: float) -> None:
@@ -209,6 +238,12 @@ class Rater(PartitionListener):
         metrics.RATER_BATCHES.inc()
         metrics.RATER_BATCH.observe(outcome.records)
         metrics.RATER_COMMIT.observe(seconds)
+
+    def aborted(self, partition: int) -> None:
+        metrics.RATER_ABORTED.inc()
+
+    def stopped(self, partition: int, why: str | None) -> None:
+        metrics.RATER_STOPPED.labels(partition).set(0 if why is None else 1)
 
     def _tp(self, partition: int, source: Source) -> TP:
         return TP(self._topics.events if source is Source.EVENTS else self._topics.retry, partition)
@@ -237,18 +272,35 @@ class Rater(PartitionListener):
             await asyncio.sleep(1.0)
         self.failed(-1, RaterFailed(f"the Kafka client has not come back from a call for {STUCK_S:.0f} s"))
 
+    def _watched(self) -> dict[TP, int]:
+        """Where the partitions stand that have no reason to: called from the watchdog's thread."""
+        if self._feed.age_s > STALE_S:
+            return {}
+        return {
+            self._tp(partition, source): offset
+            for partition, owner in list(self._owners.items())
+            for source, offset in list(owner.next_offsets.items())  # none while it is being taken and restored
+            if source is Source.RETRY or owner.stopped_by is None
+        }
+
     async def _show_lag(self) -> None:
         while True:
             await asyncio.sleep(2.0)
             metrics.RATER_CATALOG_POSITION.set(self._feed.view.offset)
             metrics.RATER_CATALOG_AGE.set(self._feed.age_s)
             for partition, owner in self._owners.items():
+                metrics.RATER_SEEN.labels(partition).set(owner.seen_keys)
                 for source, offset in owner.next_offsets.items():
                     tp = self._tp(partition, source)
                     metrics.RATER_POSITION.labels(tp.topic, partition).set(offset)
                     end = self.app.consumer.highwater(tp)
                     if end is not None:
                         metrics.RATER_LAG.labels(tp.topic, partition).set(max(0, end - offset))
+
+
+def _leave() -> None:
+    log.error("rater_hangs", then="leaves as it is", after_s=_GONE_S)
+    os._exit(1)
 
 
 def run(settings: Settings, *, on_step: Callable[[str], None] = lambda step: None) -> None:
@@ -267,6 +319,7 @@ def _config(settings: Settings, topics: Topics) -> RaterConfig:
     names = [topics.events, topics.retry, topics.seen, topics.totals]
     cluster = admin.describe_cluster().result(15).cluster_id
     described = admin.describe_topics(TopicCollection(names))
+    folder = settings.topic_prefix or "default"
     stamp = {"cluster": str(cluster)} | {name: str(described[name].result(15).topic_id) for name in names}
     return RaterConfig(
         kafka=settings.kafka,
@@ -275,7 +328,11 @@ def _config(settings: Settings, topics: Topics) -> RaterConfig:
         schemas=schemas,
         shape=Shape(topics.events, settings.partitions, _frames(schemas)),
         batch_records=settings.batch_records,
-        state_dir=settings.data_dir / "rater" / (settings.topic_prefix or "default"),
+        limits=Limits(settings.dead_letter_run_max, settings.dead_letter_percent_max, settings.dead_letter_window),
+        going_on=GoingOn(settings.kafka, topics),
+        state_dir=settings.data_dir / "rater" / folder,
+        snapshot_dir=None if settings.snapshot_dir is None else settings.snapshot_dir / folder,
+        snapshot_interval_s=settings.snapshot_interval,
         stamp=stamp,
         worker=f"{socket.gethostname()}:{os.getpid()}",
     )
@@ -310,6 +367,9 @@ def _faust_app(settings: Settings, group: str) -> faust.App:
         broker_session_timeout=settings.session_timeout,
         broker_heartbeat_interval=settings.session_timeout / 4,
         broker_request_timeout=max(40.0, settings.session_timeout * 2),
+        # A broker that just restarted may say that it has no such topics, and a group's leader that believes it gives
+        # nobody anything until it asks again: every 5 minutes by default.
+        consumer_metadata_max_age_ms=5_000,
         broker_rebalance_timeout=max(30.0, settings.session_timeout),
     )
     app.transport = BatchTransport(app.conf.broker, app, loop=app.loop)

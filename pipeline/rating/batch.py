@@ -137,6 +137,7 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
         partition=batch.partition,
         partitions=shape.partitions,
         frames=shape.frames,
+        now_ms=batch.now_ms,
         own_only=batch.source is Source.RETRY,
     )
     _sort_out(refused, batch, outcome)
@@ -237,7 +238,12 @@ def _due(record: ParkedRecord, batch: Batch, view: TermsView, shape: Shape) -> b
     if record.catalog_offset == view.offset:
         return False
     events = accept(
-        [record], partition=batch.partition, partitions=shape.partitions, frames=shape.frames, own_only=True
+        [record],
+        partition=batch.partition,
+        partitions=shape.partitions,
+        frames=shape.frames,
+        now_ms=batch.now_ms,
+        own_only=True,
     ).events
     return any(
         not isinstance(view.find(event.account, event.event_type, event.timestamp_us), Rejection) for event in events

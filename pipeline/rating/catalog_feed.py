@@ -25,8 +25,6 @@ log = get_logger(__name__)
 _POLL_S = 0.2
 #: How often an idle catalog is asked where it ends, and how long the answer may take.
 _LOOK_EVERY_S, _ANSWER_S = 5.0, 5.0
-#: A price counts from 60 s after it was published: a rater that has not seen the whole catalog for half of that waits.
-STALE_S = 30.0
 
 
 class CatalogFeed(threading.Thread):

@@ -54,14 +54,14 @@ def pack_seen(days: dict[int, list[bytes]]) -> Iterator[bytes]:
             yield head + b"".join(entries[start : start + _ENTRIES_MAX])
 
 
-def unpack_seen(value: bytes) -> tuple[int, list[bytes]]:
-    """Expiry day and entries of a changelog record. Raises ValueError when it is not one."""
+def unpack_seen(value: bytes) -> tuple[int, bytes]:
+    """Expiry day and entries, one behind the other, of a changelog record. Raises ValueError when it is not one."""
     if len(value) < _HEAD.size or (len(value) - _HEAD.size) % _ENTRY_BYTES:
         raise ValueError(f"expected a head and entries of {_ENTRY_BYTES} bytes, got {len(value)} bytes")
     version, day = _HEAD.unpack_from(value)
     if version != _VERSION:
         raise ValueError(f"expected version {_VERSION} of a seen record, got {version}: written by a newer Tally")
-    return day, [value[i : i + _ENTRY_BYTES] for i in range(_HEAD.size, len(value), _ENTRY_BYTES)]
+    return day, value[_HEAD.size :]
 
 
 def pack_quantity(quantity: int) -> bytes:

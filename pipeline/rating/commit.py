@@ -120,9 +120,15 @@ class Committer:
         return since is not None and time.monotonic() - since > STUCK_S
 
     def commit(
-        self, batch: Batch, outcome: Outcome, catalog_offset: int, membership: Membership, state: PartitionState
+        self,
+        batch: Batch,
+        outcome: Outcome,
+        catalog_offset: int,
+        membership: Membership,
+        state: PartitionState,
+        note: str = "",
     ) -> None:
-        """Make a batch true, whole or not at all.
+        """Make a batch true, whole or not at all. ``note`` is committed with its offset.
 
         1. Begin the transaction.
         2. Produce rated rows, letters and the receipt.
@@ -151,7 +157,7 @@ class Committer:
             self._produce_changelogs(outcome, seen, ends)
             self._on_step("changelogs_produced")
             # Step 4.
-            offsets = [TopicPartition(self._source(batch), self._partition, batch.next_offset)]
+            offsets = [TopicPartition(self._source(batch), self._partition, batch.next_offset, note)]
             member = membership.metadata()
             self._call(lambda: self._producer.send_offsets_to_transaction(offsets, member, CALL_TIMEOUT_S))
             self._on_step("offsets_sent")

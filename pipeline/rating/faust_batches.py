@@ -130,6 +130,13 @@ class BatchThread(driver.AIOKafkaConsumerThread):
         coordinator = self._ensure_consumer()._coordinator
         return coordinator.generation, coordinator.member_id
 
+    @property
+    def in_group(self) -> bool:
+        """Has it a generation, and a task that sends heartbeats? Not so for a moment in every rebalance."""
+        coordinator = self._ensure_consumer()._coordinator
+        heartbeats = coordinator._heartbeat_task
+        return coordinator.generation >= 0 and heartbeats is not None and not heartbeats.done()
+
 
 class BatchConsumer(driver.Consumer):
     """Faust's consumer, with a fetched list as one message."""
@@ -173,6 +180,10 @@ class BatchConsumer(driver.Consumer):
 
     def member(self) -> tuple[int, str]:
         return self._thread.member()
+
+    @property
+    def in_group(self) -> bool:
+        return self._thread.in_group
 
 
 class BatchTransport(driver.Transport):

@@ -6,15 +6,17 @@ see everything in one order. The event loop only hands over fetched lists; whate
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.catalog import STALE_S
+from pipeline.core.limits import Limits
 from pipeline.core.periods import to_micros
 from pipeline.core.usage import ParkedRecord, Record
 from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
+from pipeline.infra.going_on import GoingOn
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.batch import (
@@ -27,19 +29,22 @@ from pipeline.rating.batch import (
     process,
     process_one_by_one,
 )
-from pipeline.rating.catalog_feed import STALE_S, CatalogFeed
+from pipeline.rating.catalog_feed import CatalogFeed
 from pipeline.rating.changelog import day_of
 from pipeline.rating.commit import BatchAborted, Committer, Membership, new_producer
 from pipeline.rating.faust_batches import Fetched
+from pipeline.rating.gate import Gate
+from pipeline.rating.inbox import Hole, Inbox, Run
+from pipeline.rating.retry_queue import RetryQueue
 from pipeline.rating.state import PartitionState
-from pipeline.rating.take import Interrupted, UsageLost, take
+from pipeline.rating.take import Interrupted, UsageLost, take, until_decided
 
 log = get_logger(__name__)
 
 #: Largest batch by bytes: what one transaction may have to hold in memory.
 BATCH_BYTES_MAX = 32 * 1024 * 1024
-#: A parked batch is looked at this often for a catalog change.
-_RETRY_LOOK_S = 0.25
+#: How often to look if parked records in hand are due, the catalog has news for them, or stopped events may go on.
+_LOOK_S = 0.25
 #: Pause before an aborted batch is tried again, while the group decides who owns the partition.
 _ABORT_PAUSE_S = 0.2
 #: Aborts of one batch after which the worker gives up: a rebalance would have taken it away long before.
@@ -47,13 +52,6 @@ _ABORTS_MAX = 300
 #: Batches of events after which parked ones get a turn, however many events wait.
 _EVENTS_IN_A_ROW = 10
 _CATALOG_LOOK_S = 0.5
-#: How long, and how often, lists may begin behind a hole before it is certain that the log no longer holds what is
-#: missing: after a seek those may still come that were on their way, and a fetch that waits at the broker.
-_HOLE_S, _HOLE_TIMES = 5.0, 5
-#: Parked records are written back at most at this pace, milliseconds a record, however their due times are spread.
-_WRITE_BACK_MS = 5
-#: A full batch of parked records is moved behind those that came after it at the latest after this long.
-_RETRY_ROTATE_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +64,22 @@ class RaterConfig:
     schemas: Schemas
     shape: Shape
     batch_records: int
+    limits: Limits
+    going_on: GoingOn
     state_dir: Path
     stamp: dict[str, str]
     worker: str
+    snapshot_dir: Path | None = None
+    snapshot_interval_s: float = 600.0
+
+    def open_state(self, partition: int) -> PartitionState:
+        """The state of a partition on this worker's disk. Raises StateFailed."""
+        return PartitionState(
+            self.state_dir / str(partition),
+            self.stamp,
+            snapshots=None if self.snapshot_dir is None else self.snapshot_dir / str(partition),
+            snapshot_interval_s=self.snapshot_interval_s,
+        )
 
 
 class PartitionListener:
@@ -85,6 +96,12 @@ class PartitionListener:
 
     def committed(self, partition: int, batch: Batch, outcome: Outcome, seconds: float) -> None:
         """A batch became true."""
+
+    def aborted(self, partition: int) -> None:
+        """A batch's transaction was aborted; it runs again."""
+
+    def stopped(self, partition: int, why: str | None) -> None:
+        """A limit stopped the partition's events; None: they go on."""
 
 
 class PartitionRater(threading.Thread):
@@ -103,28 +120,20 @@ class PartitionRater(threading.Thread):
         super().__init__(name=f"partition-{partition}", daemon=True)
         self.partition = partition
         self.next_offsets: dict[Source, int] = {}
+        self.seen_keys = 0
         self._membership = membership
         self._config = config
         self._feed = feed
         self._listener = listener
         self._on_step = on_step
-        self._queues: dict[Source, deque[Fetched]] = {source: deque() for source in Source}
-        self._queued = dict.fromkeys(Source, 0)
+        self._inboxes = {source: Inbox(config.batch_records) for source in Source}
         self._full = dict.fromkeys(Source, False)
-        # Offset of the last hole in what came, how often it was met, and since when.
-        self._holes: dict[Source, tuple[int, int, float]] = {}
+        self._retry_queue = RetryQueue()
         self._changed = threading.Condition()
         self._committer: Committer | None = None
         self._stopping = False
         self._in_a_row = 0
-        # Parked records taken from the queue and not due yet.
-        self._held: Batch | None = None
-        self._held_until_ms = 0
-        self._written_back_ms = 0
-        # Catalog offset they were last looked at with, how far that look has to go, and if those in hand had theirs.
-        self._catalog_seen = -1
-        self._look_until = 0
-        self._looked = False
+        self._gate = Gate(partition, config.limits, config.going_on, listener.stopped)
 
     # -- from the event loop
 
@@ -133,11 +142,15 @@ class PartitionRater(threading.Thread):
         """Does the thread wait in a call that will not come back?"""
         return self._committer is not None and self._committer.stuck
 
+    @property
+    def stopped_by(self) -> str | None:
+        """Why its events wait for a person; None when they do not."""
+        return self._gate.stopped_by
+
     def offer(self, source: Source, fetched: Fetched) -> None:
         """Queue a fetched list. Never blocks; says ``full`` when there is enough."""
         with self._changed:
-            self._queues[source].append(fetched)
-            self._queued[source] += len(fetched.records)
+            self._inboxes[source].add(fetched)
             self._tell_full(source)
             self._changed.notify()
 
@@ -153,7 +166,7 @@ class PartitionRater(threading.Thread):
         state: PartitionState | None = None
         try:
             config = self._config
-            state = PartitionState(config.state_dir / str(self.partition), config.stamp)
+            state = config.open_state(self.partition)
             # Made here and given up with the thread: a fenced producer is never initialised again.
             producer = new_producer(config.kafka, f"{config.topics.prefix}rater-{self.partition}")
             started = time.monotonic()
@@ -166,7 +179,10 @@ class PartitionRater(threading.Thread):
                 partition=self.partition,
                 stopped=lambda: self._stopping,
             )
-            self.next_offsets = taken.next_offsets
+            until_decided(
+                lambda: self._gate.begin(taken.note, taken.next_offsets[Source.EVENTS]), lambda: self._stopping
+            )
+            self.next_offsets, self.seen_keys = taken.next_offsets, state.seen_keys
             log.info(
                 "partition_taken",
                 partition=self.partition,
@@ -211,10 +227,12 @@ class PartitionRater(threading.Thread):
                 outcome, errors = process_one_by_one(batch, state, view, self._config.shape)
                 if not errors:
                     log.error("batch_failed_only_as_a_whole", partition=self.partition, error=repr(error))
+            verdict = self._gate.judge(batch, outcome) if batch.source is Source.EVENTS else None
             try:
-                committer.commit(batch, outcome, view.offset, self._membership, state)
+                committer.commit(batch, outcome, view.offset, self._membership, state, verdict.note if verdict else "")
             except BatchAborted as error:
                 aborted += 1
+                self._listener.aborted(self.partition)
                 if aborted == 1:
                     log.warning("batch_aborted", partition=self.partition, error=str(error))
                 if aborted > _ABORTS_MAX:
@@ -224,7 +242,9 @@ class PartitionRater(threading.Thread):
                         raise Interrupted from error
                     self._changed.wait(_ABORT_PAUSE_S)
                 continue
-            self.next_offsets[batch.source] = batch.next_offset
+            if verdict is not None:
+                self._gate.committed(verdict, batch.next_offset)
+            self.next_offsets[batch.source], self.seen_keys = batch.next_offset, state.seen_keys
             if batch.source is Source.EVENTS and batch.records:
                 # Neither clock alone may make it forget: the broker's could jump ahead, this machine's too.
                 state.forget_before(day_of(min(batch.records[-1].timestamp, batch.now_ms)))
@@ -247,129 +267,66 @@ class PartitionRater(threading.Thread):
 
     def _next_batch(self) -> Batch | None:
         """Wait for a batch that may be processed now; None when stopping."""
-        with self._changed:
-            while not self._stopping:
+        while True:
+            # Asks Kafka: not under the lock, which the event loop takes too.
+            self._gate.look(self.next_offsets[Source.EVENTS])
+            with self._changed:
+                if self._stopping:
+                    return None
                 first, second = self._in_turn()
                 batch = first() or second()
                 if batch is not None:
                     self._in_a_row = self._in_a_row + 1 if batch.source is Source.EVENTS else 0
                     return batch
-                self._changed.wait(None if self._held is None else _RETRY_LOOK_S)
-        return None
+                waits = self._retry_queue.held is not None or self._gate.stopped_by is not None
+                self._changed.wait(_LOOK_S if waits else None)
 
     def _in_turn(self) -> tuple[Callable[[], Batch | None], Callable[[], Batch | None]]:
         """Events come first; after a row of their batches the parked ones do, or a backlog would starve them."""
-
-        def events() -> Batch | None:
-            return self._merge(Source.EVENTS)
-
         if self._in_a_row < _EVENTS_IN_A_ROW:
-            return events, self._due_retry
+            return self._events, self._parked
         self._in_a_row = 0
-        return self._due_retry, events
+        return self._parked, self._events
 
-    def _merge(self, source: Source, start: int | None = None, held: int = 0, size: int = 0) -> Batch | None:
-        """Join queued lists to one batch; cut what was processed before; ask again for what is missing.
+    def _events(self) -> Batch | None:
+        """Events that came, unless a limit stopped them."""
+        if self._gate.stopped_by is not None:
+            return None
+        run = self._take(Source.EVENTS, self.next_offsets[Source.EVENTS], self._config.batch_records, BATCH_BYTES_MAX)
+        return run and Batch(Source.EVENTS, self.partition, *run, _now_ms())
 
-        ``start``, ``held`` records and ``size`` bytes: what there is of the batch already, if not nothing.
-        """
-        queue = self._queues[source]
-        records: list[Record] = []
-        start = at = self.next_offsets[source] if start is None else start
-        while queue and size < BATCH_BYTES_MAX:
-            fetched = queue[0]
-            if fetched.from_offset > at:
-                if at > start:
-                    break  # commit what came before the hole first
-                self._seek_hole(source, at, fetched)
-                return None
-            room = self._config.batch_records - held - len(records)
-            if room <= 0:
-                break
-            queue.popleft()
-            self._queued[source] -= len(fetched.records)
-            if fetched.next_offset <= at:
-                continue
-            some: Sequence[Record] = fetched.records
-            if fetched.from_offset < at:
-                some = [record for record in some if record.offset >= at]
-            at = fetched.next_offset
-            if len(some) > room:
-                some, rest = some[:room], list(some[room:])
-                at = some[-1].offset + 1
-                queue.appendleft(fetched._replace(from_offset=at, records=rest))
-                self._queued[source] += len(rest)
-            records.extend(some)
-            size += sum(len(record.value or b"") for record in some)
+    def _parked(self) -> Batch | None:
+        """Parked events, once the first of them is due or the catalog may have an answer for one."""
+        config, queue, view, inbox = self._config, self._retry_queue, self._feed.view, self._inboxes[Source.RETRY]
+        if inbox:
+            start, records, size = self.next_offsets[Source.RETRY], 0, 0
+            if (held := queue.held) is not None:
+                start, records = held.next_offset, len(held.records)
+                size = sum(len(record.value or b"") for record in held.records)
+            run = self._take(Source.RETRY, start, config.batch_records - records, BATCH_BYTES_MAX - size)
+            if run is not None:
+                came = [unpark(record, config.schemas) for record in run.records]
+                batch = Batch(Source.RETRY, self.partition, run.first_offset, run.next_offset, came, _now_ms())
+                queue.add(batch, behind=bool(inbox))
+        return queue.due(_now_ms(), view.offset, inbox.end, lambda held: any_due(held, view, config.shape))
+
+    def _take(self, source: Source, start: int, records_max: int, bytes_max: int) -> Run | None:
+        """What came from ``start`` on. What is missing is fetched again; raises UsageLost when it never comes."""
+        inbox = self._inboxes[source]
+        run = inbox.take(start, records_max, bytes_max)
+        if isinstance(run, Hole):
+            if inbox.drop_behind(run, time.monotonic()):
+                raise UsageLost(
+                    f"{source} of partition {self.partition}: expected records from offset {run.expected}, but "
+                    f"fetching from there brings none before {run.found}: they were deleted before they were rated"
+                )
+            self._listener.seek(self.partition, source, run.expected)
+            run = None
         self._tell_full(source)
-        if at == start:
-            return None
-        return Batch(source, self.partition, start, at, records, _now_ms())
-
-    def _due_retry(self) -> Batch | None:
-        """The parked records in hand, once the first of them is due or the catalog may have an answer for one."""
-        self._extend_held()
-        if self._held is None:
-            return None
-        held = replace(self._held, now_ms=_now_ms())
-        view, behind = self._feed.view, self._queues[Source.RETRY]
-        if view.offset != self._catalog_seen:
-            # What is queued behind is looked at too: each batch up to there is written back, and the next one taken.
-            self._catalog_seen = view.offset
-            self._look_until = behind[-1].next_offset if behind else held.next_offset
-            self._looked = False
-        due = held.now_ms >= self._held_until_ms
-        if not due and not self._looked:
-            self._looked = True
-            in_the_way = bool(behind) and held.next_offset <= self._look_until
-            due = in_the_way or any_due(held, view, self._config.shape)
-        if not due:
-            return None
-        self._held = None
-        self._written_back_ms = held.now_ms
-        return held
-
-    def _extend_held(self) -> None:
-        """Take what came of parked records into hand, as far as a batch holds it, and decide when to look at them."""
-        held = self._held
-        if not self._queues[Source.RETRY]:
-            return
-        if held is None:
-            more = self._merge(Source.RETRY)
-        else:
-            size = sum(len(record.value or b"") for record in held.records)
-            more = self._merge(Source.RETRY, held.next_offset, len(held.records), size)
-        if more is None:
-            return
-        records: list[Record] = [unpark(record, self._config.schemas) for record in more.records]
-        if held is not None:
-            more = replace(more, first_offset=held.first_offset, now_ms=held.now_ms, records=[*held.records, *records])
-        else:
-            more = replace(more, records=records)
-        due_ms = min((r.not_before_ms if isinstance(r, ParkedRecord) else 0 for r in more.records), default=0)
-        # All of them are written again when the first is due: many at once, seldom.
-        self._held_until_ms = max(due_ms, self._written_back_ms + len(more.records) * _WRITE_BACK_MS)
-        if self._queues[Source.RETRY]:
-            self._held_until_ms = min(self._held_until_ms, more.now_ms + _RETRY_ROTATE_MS)
-        self._held, self._looked = more, False
-
-    def _seek_hole(self, source: Source, at: int, fetched: Fetched) -> None:
-        """Fetch again from ``at``. Raises UsageLost when that keeps bringing later records only."""
-        known, times, since = self._holes.get(source, (None, 0, 0.0))
-        times, since = (times + 1, since) if known == at else (1, time.monotonic())
-        self._holes[source] = (at, times, since)
-        if times > _HOLE_TIMES and time.monotonic() - since > _HOLE_S:
-            raise UsageLost(
-                f"{fetched.tp.topic}/{self.partition}: expected records from offset {at}, but fetching from there "
-                f"brings none before {fetched.from_offset}: they were deleted before they were rated"
-            )
-        self._queues[source].clear()
-        self._queued[source] = 0
-        self._tell_full(source)
-        self._listener.seek(self.partition, source, at)
+        return run
 
     def _tell_full(self, source: Source) -> None:
-        full = self._queued[source] >= 2 * self._config.batch_records
+        full = self._inboxes[source].full
         if full != self._full[source]:
             self._full[source] = full
             self._listener.full(self.partition, source, full)

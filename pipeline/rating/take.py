@@ -23,6 +23,7 @@ from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.batch import Source
 from pipeline.rating.changelog import unpack_quantity, unpack_seen
+from pipeline.rating.manifest import SEEN_ROW_BYTES
 from pipeline.rating.state import PartitionState, Positions
 
 log = get_logger(__name__)
@@ -30,7 +31,12 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 _CALL_TIMEOUT_S = 10.0
-_RESTORE_RECORDS = 2_000
+#: Most records asked for at once, and how long to wait for as many: what has come by then is worked on meanwhile.
+_RESTORE_RECORDS, _RESTORE_WAIT_S = 2_000, 0.05
+#: Identities and totals applied together: they become a segment of the state without passing through its memory.
+_RESTORE_ROWS = 250_000
+#: What may wait in the client, for each of the partitions restored at a time.
+_RESTORE_QUEUE_KIB = 16_384
 
 
 class Interrupted(Exception):
@@ -42,9 +48,12 @@ class UsageLost(Exception):
 
 
 class Taken(NamedTuple):
-    """What step 2 found: the next offset to process of each source topic."""
+    """What was found in step 2, and how much was read in step 3."""
 
+    #: Next offset to process of each source topic.
     next_offsets: dict[Source, int]
+    #: What was committed with the offset of the events (``pipeline.core.limits``).
+    note: str | None
     restored_seen: int
     restored_totals: int
 
@@ -61,7 +70,7 @@ def take(
 ) -> Taken:
     """Become the owner. Raises Interrupted, UsageLost, or KafkaException for what no waiting mends."""
     # Step 1.
-    _until_decided(lambda: producer.init_transactions(_CALL_TIMEOUT_S), stopped)
+    until_decided(lambda: producer.init_transactions(_CALL_TIMEOUT_S), stopped)
     consumer = Consumer(
         {
             **kafka,
@@ -71,7 +80,7 @@ def take(
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
             "fetch.wait.max.ms": 50,
-            "queued.max.messages.kbytes": 65_536,
+            "queued.max.messages.kbytes": _RESTORE_QUEUE_KIB,
         }
     )
     try:
@@ -83,7 +92,7 @@ def take(
         }
         # Step 3.
         seen, totals = _restore(consumer, state, topics, partition, stopped)
-        if state.positions is not None and not any(committed for committed, _ in offsets.values()):
+        if state.positions is not None and not any(found.committed for found in offsets.values()):
             raise UsageLost(
                 f"partition {partition} was rated before, but group {group} has no offsets any more: the broker forgot "
                 "them (offsets.retention.minutes, with no rater up for that long). Set them with Kafka's own tools to "
@@ -91,13 +100,21 @@ def take(
             )
     finally:
         consumer.close()
-    return Taken({source: offset for source, (_, offset) in offsets.items()}, seen, totals)
+    next_offsets = {source: found.next_offset for source, found in offsets.items()}
+    return Taken(next_offsets, offsets[Source.EVENTS].note, seen, totals)
 
 
-def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> tuple[bool, int]:
-    """Whether an offset was committed, and the next one to process."""
+class _Offset(NamedTuple):
+    """Whether an offset was committed, what with it, and the next one to process."""
+
+    committed: bool
+    note: str | None
+    next_offset: int
+
+
+def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> _Offset:
     # librdkafka asks for stable offsets: it waits while a transaction that moves them is pending.
-    committed = _until_decided(lambda: consumer.committed([tp], _CALL_TIMEOUT_S), stopped)[0]
+    committed = until_decided(lambda: consumer.committed([tp], _CALL_TIMEOUT_S), stopped)[0]
     if committed.error is not None:
         raise KafkaException(committed.error)
     low, high = _watermarks(consumer, tp, stopped)
@@ -113,7 +130,7 @@ def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], b
             f"{tp.topic}/{tp.partition} ends at {high}, but offset {next_offset} was reached already: "
             "the topic was recreated or lost its tail"
         )
-    return committed.offset != OFFSET_INVALID, next_offset
+    return _Offset(committed.offset != OFFSET_INVALID, committed.metadata, next_offset)
 
 
 def _restore(
@@ -135,12 +152,13 @@ def _restore(
     consumer.assign([TopicPartition(topic, partition, offset) for topic, offset in at.items() if offset < ends[topic]])
     open_topics = {topic for topic, offset in at.items() if offset < ends[topic]}
     keys = counters = 0
+    seen: dict[int, list[bytes]] = {}
+    totals: dict[bytes, int] = {}
+    pending = 0
     while open_topics:
         if stopped():
             raise Interrupted
-        seen: dict[int, list[bytes]] = {}
-        totals: dict[bytes, int] = {}
-        for message in consumer.consume(_RESTORE_RECORDS, 0.5):
+        for message in consumer.consume(_RESTORE_RECORDS, _RESTORE_WAIT_S):
             name, offset, error = message.topic() or "", message.offset(), message.error()
             if error is None:
                 assert offset is not None
@@ -148,27 +166,30 @@ def _restore(
                 value = message.value()
                 if name == topics.seen:
                     day, entries = unpack_seen(value or b"")
-                    seen.setdefault(day, []).extend(entries)
-                    keys += len(entries)
+                    seen.setdefault(day, []).append(entries)
+                    keys += len(entries) // SEEN_ROW_BYTES
+                    pending += len(entries) // SEEN_ROW_BYTES
                 elif value is not None:
                     totals[message.key() or b""] = unpack_quantity(value)
                     counters += 1
+                    pending += 1
             elif error.code() == KafkaError._PARTITION_EOF:
                 at[name] = max(at[name], offset or 0)
             elif not passes(error):
                 raise KafkaException(error)
-        if seen or totals:
-            state.apply(seen, totals, Positions(at[topics.seen], at[topics.totals]))
         open_topics = {topic for topic in open_topics if at[topic] < ends[topic]}
+        if pending >= _RESTORE_ROWS or (pending and not open_topics):
+            state.apply(seen, totals, Positions(at[topics.seen], at[topics.totals]))
+            seen, totals, pending = {}, {}, 0
     return keys, counters
 
 
 def _watermarks(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> tuple[int, int]:
     """First offset the log still holds, and the one after its last."""
-    return _until_decided(lambda: consumer.get_watermark_offsets(tp, _CALL_TIMEOUT_S), stopped)
+    return until_decided(lambda: consumer.get_watermark_offsets(tp, _CALL_TIMEOUT_S), stopped)
 
 
-def _until_decided(call: Callable[[], T], stopped: Callable[[], bool]) -> T:
+def until_decided(call: Callable[[], T], stopped: Callable[[], bool]) -> T:
     """Call until the broker answers; a retriable error only says that it did not in time."""
     waited = False
     while True:

@@ -135,3 +135,21 @@ def letter_record(settings_prefix: str = "", *, partition: int = 0, offset: int 
         "value": b"\0\0\0\0\1...",
     }
     return record | rest
+
+
+def control_record(**fields: Any) -> Record:
+    """A control total of numbers 1 to 3, all delivered unless said otherwise; ``fields`` replaces any of its fields."""
+    record: Record = {
+        "source": "api-1",
+        "hour": NOON,
+        "first_sequence": 1,
+        "last_sequence": 3,
+        "rejected": 0,
+        "spooled": 0,
+        "first_spooled": 0,
+        "rejections": [],
+        "closed": False,
+        "said_at": NOON,
+    } | fields
+    emitted = record["last_sequence"] - record["first_sequence"] + 1
+    return {"delivered": emitted - record["rejected"] - record["spooled"]} | record

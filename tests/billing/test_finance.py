@@ -12,7 +12,15 @@ from pipeline.core import money
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 
-VIEWS = {"open_invoices", "invoice_lines", "rated_usage", "line_events", "unrated_usage", "quarantined_usage"}
+VIEWS = {
+    "open_invoices",
+    "invoice_lines",
+    "rated_usage",
+    "line_events",
+    "unrated_usage",
+    "quarantined_usage",
+    "usage_gaps",
+}
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def _expected(record: Record) -> tuple[object, ...]:
 def _flat(row: Row) -> tuple[object, ...]:
     head, terms = row.head, row.terms
     return (
-        *(getattr(head, name) for name in head.__slots__),
+        *head,
         *(getattr(terms, name) for name in terms.__slots__),
         *row[2:],
     )

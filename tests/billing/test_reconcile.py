@@ -112,6 +112,7 @@ def test_a_world_that_adds_up(world: Settings) -> None:
         "counters = with the price of their quantity": (2, 2, "all"),
         "lines = by the versions valid at their events": (2, 2, "all"),
         "sequence numbers sent = arrived": (7, 7, "1 source without holes"),
+        "events by control totals = arrived": (0, 0, "0 hours of producers, all there"),
     }
 
 
@@ -271,15 +272,38 @@ def test_a_log_shorter_than_what_was_rated(world: Settings) -> None:
             "UPDATE billing.source_sequence SET bits = set_bit(set_bit(set_bit(bits, 2, 0), 3, 0), 5, 0)",
             "sequence numbers sent = arrived",
             3,
-            "s misses 2 to 3, 5",
+            "s misses 2-3 (",
             id="sequence numbers are missing",
         ),
         pytest.param(
-            "UPDATE billing.source_sequence SET block = 2",
+            "UPDATE billing.source_sequence SET bits = set_bit(set_bit(set_bit(bits, 2, 0), 3, 0), 5, 0)",
+            "sequence numbers sent = arrived",
+            3,
+            "s misses 5 (",
+            id="further sequence numbers are missing",
+        ),
+        pytest.param(
+            "UPDATE billing.source SET highest = 2007",
             "sequence numbers sent = arrived",
             2000,
-            "s misses 1 to 2000",
+            "s misses 8-2007",
             id="whole blocks are missing",
+        ),
+        pytest.param(
+            "INSERT INTO billing.control_total VALUES "
+            "('s', '2026-05-01T09:00Z', 1, 9, 7, 2, 0, 0, "
+            '\'[{"first": 8, "last": 9, "reason": "too large"}]\', now())',
+            "sequence numbers sent = arrived",
+            2,
+            "s misses 8-9 (emitted 2026-05-01 09:00Z to 2026-05-01 10:00Z, nothing since ",
+            id="a producer emitted more",
+        ),
+        pytest.param(
+            "INSERT INTO billing.control_total VALUES ('s', '2026-05-01T09:00Z', 1, 9, 9, 0, 0, 0, '[]', now())",
+            "events by control totals = arrived",
+            2,
+            "s emitted 9 in the hour from 2026-05-01T09:00:00Z, 7 arrived",
+            id="less than an hour's total arrived",
         ),
     ],
 )
@@ -502,7 +526,7 @@ def test_grace_leaves_out_what_may_still_come(world: Settings) -> None:
     execute(world, "UPDATE billing.source_sequence SET bits = set_bit(bits, 2, 0)")
     assert not reconcile(world).reconciled
     assert reconcile(world, grace_s=60).reconciled
-    execute(world, "UPDATE billing.source_sequence SET updated_at = now() - interval '2 minutes'")
+    execute(world, "UPDATE billing.source SET updated_at = now() - interval '2 minutes'")
     assert not reconcile(world, grace_s=60).reconciled
 
 

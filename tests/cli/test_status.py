@@ -20,10 +20,12 @@ FIELDS = [
     "postgres",
     "rater",
     "sink",
+    "stopped",
     "relay",
     "dead_letters",
     "parked",
     "quarantined",
+    "missing",
 ]
 
 
@@ -39,12 +41,13 @@ def test_nothing_to_do(settings: Settings, tally: Tally) -> None:
     assert seen["headline"] == "all caught up; no rater is running; no sink is running"
     assert seen["kafka"] == seen["postgres"] == {"reachable": True, "problem": None}
     assert seen["relay"] == {"pending_versions": 0, "oldest_at": None}
-    assert seen["dead_letters"] == seen["parked"] == seen["quarantined"] == []
+    assert seen["dead_letters"] == seen["parked"] == seen["quarantined"] == seen["stopped"] == []
     assert list(seen["rater"]) == ["lag", "waiting", "per_second", "seconds_left", "group", "partitions"]
     assert seen["rater"]["group"]["name"] == f"{settings.topic_prefix}rater"
     topics = [one["topic"].removeprefix(settings.topic_prefix) for one in seen["sink"]["partitions"]]
-    assert list(dict.fromkeys(topics)) == ["usage.rated", "usage.receipts", "usage.retry", "usage.dead-letter"]
-    assert len(topics) == 4 * settings.partitions
+    names = ["usage.rated", "usage.receipts", "usage.retry", "usage.dead-letter", "usage.controls"]
+    assert list(dict.fromkeys(topics)) == names
+    assert len(topics) == 4 * settings.partitions + 1
     shown = tally("status").stdout
     assert shown.startswith("● all caught up; no rater is running")
     assert "nothing parked" in shown

@@ -205,6 +205,27 @@ class Deployment:
         self._raters.append(rater)
         return rater
 
+    def environment(self, data_dir: Path | None = None) -> dict[str, str]:
+        """What a rater process of this deployment must find in its environment."""
+        names = (
+            "kafka_bootstrap",
+            "topic_prefix",
+            "partitions",
+            "session_timeout",
+            "progress_timeout",
+            "batch_records",
+            "dead_letter_run_max",
+            "dead_letter_percent_max",
+            "dead_letter_window",
+            "metrics_port",
+            "snapshot_dir",
+            "snapshot_interval",
+        )
+        found = {name: getattr(self.settings, name) for name in names} | {
+            "data_dir": data_dir or self.settings.data_dir
+        }
+        return {f"TALLY_{name.upper()}": str(value) for name, value in found.items() if value is not None}
+
     def close(self) -> None:
         for rater in self._raters:
             rater.kill()
@@ -376,16 +397,7 @@ class Rater:
         self.log = settings.data_dir / f"rater-{len(deployment._raters)}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         module = hooks.pop("module", "tests.integration.rater")
-        environment = {
-            "TALLY_KAFKA_BOOTSTRAP": settings.kafka_bootstrap or "",
-            "TALLY_TOPIC_PREFIX": settings.topic_prefix,
-            "TALLY_PARTITIONS": str(settings.partitions),
-            "TALLY_DATA_DIR": str(data_dir),
-            "TALLY_SESSION_TIMEOUT": str(settings.session_timeout),
-            "TALLY_BATCH_RECORDS": str(settings.batch_records),
-        }
-        if settings.metrics_port is not None:
-            environment["TALLY_METRICS_PORT"] = str(settings.metrics_port)
+        environment = deployment.environment(data_dir)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, json.dumps(hooks)],

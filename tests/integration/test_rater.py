@@ -20,7 +20,7 @@ def states(deployment: Deployment) -> dict[str, int]:
     return {state: count for state, count in deployment.counts().items() if count}
 
 
-def _listening(pid: int) -> set[tuple[str, int]]:
+def listening(pid: int) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket the process listens on."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -48,7 +48,7 @@ def test_everything_sent_is_in_exactly_one_state_and_priced_right(deploy: Deploy
     rater = deployment.rater()
     deployment.wait_done()
     deployment.check()
-    assert [address for address, _ in _listening(rater.pid)] == ["0100007F"]
+    assert [address for address, _ in listening(rater.pid)] == ["0100007F"]
     assert rater.stop() == 0
     assert rater.says("Traceback") == 0
 

@@ -1,27 +1,25 @@
 """The traps of Faust, aiokafka and librdkafka that the rater is guarded against: each test fails without its guard."""
 
-import asyncio
-import contextlib
 import signal
-import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from aiokafka import AIOKafkaConsumer
 from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from pipeline.rating.batch import Batch, Outcome, Source
-from pipeline.rating.commit import BatchAborted, Committer, Membership, StateUnknown, new_producer
+from pipeline.rating.batch import Source
+from pipeline.rating.commit import Membership
 from pipeline.rating.state import PartitionState
 from pipeline.rating.take import take
 from tests.integration.conftest import Deploy
-from tests.integration.deployment import Deployment
-from tests.rating.world import SCHEMAS, batch, framed, message, run, usage
+from tests.integration.deployment import ROOT, Deployment
+from tests.integration.members import members, producer
+from tests.rating.world import framed, usage
 
 
 def event(key: str, tokens: str = "10") -> dict[str, object]:
@@ -36,35 +34,35 @@ def test_only_committed_records_are_rated(deploy: Deploy) -> None:
     """Aborted ones never, those of an open transaction once it is committed, and nothing behind them before."""
     deployment = deploy(partitions=1)
     deployment.publish_all()
-    producer = deployment.new_producer(**{"transactional.id": f"{deployment.settings.topic_prefix}upstream"})
-    producer.init_transactions(30)
+    upstream = deployment.new_producer(**{"transactional.id": f"{deployment.settings.topic_prefix}upstream"})
+    upstream.init_transactions(30)
 
     def put(key: str) -> None:
         one = event(key)
         deployment.expect(one)
-        deployment.send_raw(framed(one), b"acct-00", producer=producer)
+        deployment.send_raw(framed(one), b"acct-00", producer=upstream)
 
     for round_ in range(3):
-        producer.begin_transaction()
+        upstream.begin_transaction()
         for number in range(5):
-            deployment.send_raw(framed(event(f"aborted-{round_}-{number}")), b"acct-00", producer=producer)
-        producer.flush(30)
-        producer.abort_transaction(30)
-        producer.begin_transaction()
+            deployment.send_raw(framed(event(f"aborted-{round_}-{number}")), b"acct-00", producer=upstream)
+        upstream.flush(30)
+        upstream.abort_transaction(30)
+        upstream.begin_transaction()
         put(f"committed-{round_}")
-        producer.commit_transaction(30)
+        upstream.commit_transaction(30)
     deployment.rater()
     deployment.wait_done()
     assert deployment.counts()["rated"] == 3
 
-    producer.begin_transaction()
+    upstream.begin_transaction()
     put("open")
-    producer.flush(30)
+    upstream.flush(30)
     deployment.send_event(event("behind"))
     deployment.flush()
     time.sleep(1.5)
     assert deployment.counts()["rated"] == 3
-    producer.commit_transaction(30)
+    upstream.commit_transaction(30)
     deployment.wait(lambda: deployment.counts()["rated"] == 5, "the committed event and the one behind it")
     deployment.check()
 
@@ -155,66 +153,31 @@ def test_a_list_that_was_fetched_and_dropped_is_fetched_again(deploy: Deploy) ->
     deployment.check()
 
 
-# -- who may commit
+def test_lists_that_were_read_before_are_cut(deploy: Deploy) -> None:
+    """Faust takes a list for new by its last offset; what stands before the rater's own position is no repeat."""
+    deployment = deploy(partitions=1)
+    deployment.publish_all()
+    rater = deployment.rater(module="tests.integration.trapped", overlaps=True)
+    for _ in range(3):
+        deployment.send(50)
+        deployment.wait_done()
+    assert rater.says("overlaps") > 0
+    deployment.check()
 
 
-@contextlib.contextmanager
-def members(deployment: Deployment) -> Iterator["Members"]:
-    joined = Members(deployment)
-    try:
-        yield joined
-    finally:
-        joined.close()
+def test_what_was_fetched_while_its_partition_was_paused_is_not_dropped(deploy: Deploy) -> None:
+    """Faust drops it without a word; whenever a partition has enough for a while, it is paused so."""
+    deployment = deploy(partitions=1)
+    deployment.publish_all()
+    deployment.send(100)
+    rater = deployment.rater(module="tests.integration.trapped", is_paused=True)
+    deployment.wait_done()
+    assert rater.says("is paused") > 0
+    assert rater.says("fetching_again") == 0
+    deployment.check()
 
 
-class Members:
-    """Members of the raters' group that do nothing else, on an event loop of their own."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self._consumers: list[AIOKafkaConsumer] = []
-
-    def join(self) -> Membership:
-        """One more member; returns who it is in the generation that begins with it."""
-
-        async def joining() -> Membership:
-            consumer = AIOKafkaConsumer(
-                self._deployment.topics.events,
-                bootstrap_servers=self._deployment.settings.kafka_bootstrap,
-                group_id=self._deployment.group,
-                enable_auto_commit=False,
-                session_timeout_ms=6000,
-                heartbeat_interval_ms=500,
-            )
-            await consumer.start()
-            self._consumers.append(consumer)
-            while not consumer._coordinator.generation > 0 or consumer._coordinator.member_id == "":
-                await asyncio.sleep(0.05)
-            coordinator = consumer._coordinator
-            return Membership(self._deployment.group, coordinator.generation, coordinator.member_id)
-
-        return asyncio.run_coroutine_threadsafe(joining(), self._loop).result(30)
-
-    def close(self) -> None:
-        async def leaving() -> None:
-            for consumer in self._consumers:
-                await consumer.stop()
-
-        asyncio.run_coroutine_threadsafe(leaving(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-def _producer(deployment: Deployment) -> Producer:
-    return new_producer(deployment.settings.kafka, f"{deployment.group}-0")
-
-
-def _committer(deployment: Deployment, producer: Producer) -> Committer:
-    return Committer(producer, topics=deployment.topics, schemas=SCHEMAS, partition=0, partitions=1, worker="test:1")
+# -- taking a partition
 
 
 @pytest.fixture
@@ -224,56 +187,9 @@ def state(tmp_path: Path) -> Iterator[PartitionState]:
     opened.close()
 
 
-def _some_batch() -> tuple[Batch, Outcome]:
-    records = [message(usage(f"k{i}"), i) for i in range(3)]
-    return replace(batch(records), partition=0), run(records)
-
-
-def test_a_worker_of_an_older_generation_cannot_commit(deploy: Deploy, state: PartitionState) -> None:
-    """The broker itself refuses: what a worker sends with the offsets is the group's real generation."""
-    deployment = deploy(partitions=1)
-    one, outcome = _some_batch()
-    producer = _producer(deployment)
-    producer.init_transactions(30)
-    committer = _committer(deployment, producer)
-    with members(deployment) as group:
-        first = group.join()
-        committer.commit(one, outcome, 0, first, state)
-        assert deployment.positions(deployment.topics.events) == {0: 3}
-        positions = state.positions
-        second = group.join()
-        assert second.generation > first.generation
-        again = replace(one, first_offset=3, next_offset=6)
-        with pytest.raises(BatchAborted, match=r"(?i)generation"):
-            committer.commit(again, outcome, 0, first, state)
-        assert deployment.positions(deployment.topics.events) == {0: 3}
-        assert len(deployment.receipts()) == 1
-        assert state.positions == positions
-        # With the generation there is now, it may.
-        committer.commit(again, outcome, 0, second, state)
-    assert deployment.positions(deployment.topics.events) == {0: 6}
-
-
-def test_a_fenced_producer_changes_nothing(deploy: Deploy, state: PartitionState) -> None:
-    deployment = deploy(partitions=1)
-    one, outcome = _some_batch()
-    old = _producer(deployment)
-    old.init_transactions(30)
-    _producer(deployment).init_transactions(30)
-    with members(deployment) as group:
-        membership = group.join()
-        with pytest.raises(StateUnknown, match=r"(?i)fenced"):
-            _committer(deployment, old).commit(one, outcome, 0, membership, state)
-    assert (state.positions, deployment.receipts()) == (None, [])
-    assert deployment.positions(deployment.topics.events) == {0: 0}
-
-
-# -- taking a partition
-
-
 def _take(deployment: Deployment, state: PartitionState) -> int:
     taken = take(
-        _producer(deployment),
+        producer(deployment),
         state,
         kafka=deployment.settings.kafka,
         group=deployment.group,
@@ -294,7 +210,7 @@ def test_the_old_owners_open_transaction_ends_before_the_offset_is_read(deploy: 
     deployment = deploy(partitions=1)
     deployment.publish_all()
     deployment.send(5)
-    old = _producer(deployment)
+    old = producer(deployment)
     old.init_transactions(30)
     with members(deployment) as group:
         old.begin_transaction()
@@ -314,7 +230,7 @@ def test_an_offset_that_is_being_committed_is_waited_for(deploy: Deploy, state: 
     deployment = deploy(partitions=1)
     deployment.publish_all()
     deployment.send(5)
-    other = new_producer(deployment.settings.kafka, f"{deployment.group}-another")
+    other = producer(deployment, "another")
     other.init_transactions(30)
     with members(deployment) as group, ThreadPoolExecutor(1) as pool:
         other.begin_transaction()
@@ -324,3 +240,36 @@ def test_an_offset_that_is_being_committed_is_waited_for(deploy: Deploy, state: 
         assert not taking.done()
         other.commit_transaction(30)
         assert taking.result(30) == 2
+
+
+# -- when a worker dies
+
+
+def test_after_a_sigkill_the_other_worker_goes_on_within_seconds(deploy: Deploy) -> None:
+    """Faust's session timeout is a minute: as long would nobody rate a dead worker's partitions."""
+    deployment = deploy(partitions=2)
+    deployment.publish_all()
+    deployment.send(100)
+    killed, heir = deployment.rater(), deployment.rater()
+    deployment.wait(
+        lambda: killed.says("partition_taken") > 0 and heir.says("partition_taken") > 0, "both to own a partition"
+    )
+    deployment.wait_done()
+    killed.kill()
+    died = time.monotonic()
+    deployment.send(100)
+    deployment.wait_done()
+    took = time.monotonic() - died
+    print(f"{took:.1f} s from SIGKILL until everything was rated")
+    assert took < 30
+    deployment.check()
+
+
+# -- the libraries themselves
+
+
+def test_what_the_rater_relies_on_the_inside_of_is_pinned() -> None:
+    """Another version may have other traps: they are looked for before it comes in."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name in ("faust-streaming", "mode-streaming", "aiokafka", "confluent-kafka"):
+        assert f"{name}=={version(name)}" in wanted

@@ -18,7 +18,7 @@ from aiokafka.partitioner import murmur2
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from pipeline.infra.avro import EVENTS, load_schemas
+from pipeline.infra.avro import CONTROLS, EVENTS, load_schemas
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, ensure_topics
 from pipeline.producer import (
@@ -431,9 +431,11 @@ def test_wrong_arguments_leave_the_spool_free(settings: Settings, tmp_path: Path
 
 def test_a_registrys_id_is_remembered_so_that_a_restart_needs_no_registry(settings: Settings, tmp_path: Path) -> None:
     registry = "http://127.0.0.1:1"
-    text = load_schemas().newest(EVENTS).text()
     spool = Spool(tmp_path / "spool", "svc", Topics(settings.topic_prefix).events)
-    spool.remember_schema(f"{registry}#{hashlib.sha256(text.encode()).hexdigest()[:16]}", 1)
+    for subject in (EVENTS, CONTROLS):
+        newest = load_schemas().newest(subject)
+        known_as = f"{registry}#{hashlib.sha256(newest.text().encode()).hexdigest()[:16]}"
+        spool.remember_schema(known_as, newest.id)
     spool.close()
     with UsageProducer(
         bootstrap=str(settings.kafka_bootstrap),

@@ -11,6 +11,7 @@ from tests.rating.world import (
     DAY_US,
     EVENT_FRAME,
     HOME,
+    NOW_MS,
     NOW_US,
     PARTITIONS,
     SHAPE,
@@ -25,7 +26,9 @@ MINUTE_US = 60_000_000
 
 
 def judged(*records: Message, own_only: bool = False) -> Accepted:
-    return accept(list(records), partition=HOME, partitions=PARTITIONS, frames=SHAPE.frames, own_only=own_only)
+    return accept(
+        list(records), partition=HOME, partitions=PARTITIONS, frames=SHAPE.frames, now_ms=NOW_MS, own_only=own_only
+    )
 
 
 def padded(size: int) -> bytes:
@@ -39,7 +42,7 @@ ELSEWHERE = next(f"acct-{i}" for i in range(100) if partition_of(b"acct-%d" % i,
 PASSES: dict[str, Message] = {
     "a plain event": message(usage()),
     "exactly 35 days old": message(usage(timestamp=NOW_US - 35 * DAY_US)),
-    "exactly 5 minutes ahead": message(usage(timestamp=NOW_US + 5 * MINUTE_US)),
+    "exactly 30 seconds ahead": message(usage(timestamp=NOW_US + MINUTE_US // 2)),
     "a key of 255 bytes": message(usage(key="k" * 255)),
     "a key of 255 bytes in two-byte letters": message(usage(key="é" * 127 + "k")),
     "exactly 256 KiB": message(padded(EVENT_BYTES_MAX)),
@@ -93,6 +96,12 @@ REFUSED: dict[str, tuple[Message, Reason, str]] = {
         "expected an event at most 35 days old when it arrived",
     ),
     "the oldest time there is": (message(usage(timestamp=-(2**63))), Reason.TOO_OLD, "at most 35 days old"),
+    "30 seconds and a microsecond ahead": (
+        message(usage(timestamp=NOW_US + MINUTE_US // 2 + 1)),
+        Reason.AHEAD_OF_PRICES,
+        "expected a time at most 30 s after arrival",
+    ),
+    "exactly 5 minutes ahead": (message(usage(timestamp=NOW_US + 5 * MINUTE_US)), Reason.AHEAD_OF_PRICES, "waits"),
     "5 minutes and a microsecond ahead": (
         message(usage(timestamp=NOW_US + 5 * MINUTE_US + 1)),
         Reason.IN_THE_FUTURE,
@@ -157,3 +166,11 @@ def test_a_parked_record_need_not_carry_its_account_as_key() -> None:
     record = message(usage(), key=b"order-7")
     assert judged(record, own_only=True).events
     assert judged(message(usage(account=ELSEWHERE)), own_only=True).refused  # but it must be at home
+
+
+def test_a_parked_event_ahead_of_its_prices_waits_for_the_workers_clock() -> None:
+    """Its arrival stays early for good; the time until a price for it can no longer be published does not."""
+    early = message(usage(timestamp=NOW_US + 2 * MINUTE_US), timestamp=NOW_MS)
+    later = {"partition": HOME, "partitions": PARTITIONS, "frames": SHAPE.frames, "own_only": True}
+    assert accept([early], now_ms=NOW_MS + 89_999, **later).refused
+    assert accept([early], now_ms=NOW_MS + 90_000, **later).events

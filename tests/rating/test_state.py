@@ -1,21 +1,23 @@
-"""What a partition remembers: one contract for every implementation of it, and the changelogs it is restored from."""
+"""What a partition remembers on disk, and the changelogs it is restored from."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_hexdigest, xxh3_128_digest
 
+from pipeline.rating import segments
+from pipeline.rating import state as state_module
 from pipeline.rating.batch import StateFailed
 from pipeline.rating.changelog import (
-    SEEN_DAYS,
     by_expiry,
     expiry_day,
     pack_quantity,
@@ -23,46 +25,35 @@ from pipeline.rating.changelog import (
     unpack_quantity,
     unpack_seen,
 )
-from pipeline.rating.state import PartitionState, Positions
+from pipeline.rating.manifest import Manifest
+from pipeline.rating.state import SPAN_DAYS, PartitionState, Positions, merge_from
 from tests.rating.world import DAY_MS, DAY_US, NOW_MS, NOW_US, message, run, usage
 
 STAMP = {"cluster": "c1", "events": "t1"}
 DAY = 20_500
 
 
-class LocalState(Protocol):
-    """What an implementation has to offer."""
-
-    @property
-    def positions(self) -> Positions | None: ...
-    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]: ...
-    def quantity(self, counter: bytes) -> int | None: ...
-    def apply(self, seen: Mapping[int, Sequence[bytes]], totals: Mapping[bytes, int], positions: Positions) -> None: ...
-    def forget_before(self, day: int) -> None: ...
-    def close(self) -> None: ...
+@pytest.fixture(scope="module", autouse=True)
+def way() -> None:
+    """Nothing here goes through the fast path: once is enough."""
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Path, Mapping[str, str]], LocalState]] = {"rocksdb": PartitionState}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
-def opened(request: pytest.FixtureRequest) -> Callable[[Path, Mapping[str, str]], LocalState]:
-    return request.param  # type: ignore[no-any-return]
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that is held is given up at once."""
+    monkeypatch.setattr(state_module, "_CLAIM_TRIES", 1)
 
 
 def identity(n: int) -> bytes:
-    return n.to_bytes(16, "big")
+    return xxh3_128_digest(b"%d" % n)
 
 
 def entry(n: int, payload: int = 1) -> bytes:
     return identity(n) + payload.to_bytes(8, "big")
 
 
-Open = Callable[[Path, Mapping[str, str]], LocalState]
-
-
-def test_a_new_one_knows_nothing(opened: Open, tmp_path: Path) -> None:
-    state = opened(tmp_path / "0", STAMP)
+def test_a_new_one_knows_nothing(tmp_path: Path) -> None:
+    state = PartitionState(tmp_path / "0", STAMP)
     assert state.positions is None
     assert list(state.known([identity(1), identity(2)])) == [None, None]
     assert list(state.known([])) == []
@@ -70,10 +61,10 @@ def test_a_new_one_knows_nothing(opened: Open, tmp_path: Path) -> None:
     state.close()
 
 
-def test_what_was_applied_is_known_also_after_reopening(opened: Open, tmp_path: Path) -> None:
-    state = opened(tmp_path / "0", STAMP)
+def test_what_was_applied_is_known_also_after_reopening(tmp_path: Path) -> None:
+    state = PartitionState(tmp_path / "0", STAMP)
     state.apply(
-        {DAY: [entry(1), entry(2, 7)], DAY + SEEN_DAYS: [entry(3)]}, {b"a": 5, b"b": -(10**30)}, Positions(4, 9)
+        {DAY: [entry(1), entry(2, 7)], DAY + SPAN_DAYS: [entry(3)]}, {b"a": 5, b"b": -(10**30)}, Positions(4, 9)
     )
     state.apply({DAY: [entry(4)]}, {b"a": 6}, Positions(5, 10))
     for _ in range(2):
@@ -84,99 +75,144 @@ def test_what_was_applied_is_known_also_after_reopening(opened: Open, tmp_path: 
         assert [state.quantity(c) for c in (b"a", b"b", b"c")] == [6, -(10**30), None]
         assert state.positions == Positions(5, 10)
         state.close()
-        state = opened(tmp_path / "0", STAMP)
+        state = PartitionState(tmp_path / "0", STAMP)
     state.close()
 
 
-def test_a_quantity_of_zero_is_not_an_absent_one(opened: Open, tmp_path: Path) -> None:
-    state = opened(tmp_path / "0", STAMP)
+def test_a_quantity_of_zero_is_not_an_absent_one(tmp_path: Path) -> None:
+    state = PartitionState(tmp_path / "0", STAMP)
     state.apply({}, {b"a": 0}, Positions(0, 1))
     assert state.quantity(b"a") == 0
     state.close()
-    again = opened(tmp_path / "0", STAMP)
+    again = PartitionState(tmp_path / "0", STAMP)
     assert again.quantity(b"a") == 0
     again.close()
 
 
 @pytest.mark.parametrize("stamp", [{"cluster": "c2", "events": "t1"}, {"cluster": "c1", "events": "t2"}])
-def test_another_clusters_or_topics_state_is_wiped(opened: Open, tmp_path: Path, stamp: dict[str, str]) -> None:
-    state = opened(tmp_path / "0", STAMP)
+def test_another_clusters_or_topics_state_is_wiped(tmp_path: Path, stamp: dict[str, str]) -> None:
+    state = PartitionState(tmp_path / "0", STAMP)
     state.apply({DAY: [entry(1)]}, {b"a": 5}, Positions(4, 9))
     state.close()
-    other = opened(tmp_path / "0", stamp)
+    other = PartitionState(tmp_path / "0", stamp)
     assert (other.positions, list(other.known([identity(1)])), other.quantity(b"a")) == (None, [None], None)
     other.close()
 
 
-def test_the_stamps_order_does_not_matter(opened: Open, tmp_path: Path) -> None:
-    state = opened(tmp_path / "0", STAMP)
+def test_the_stamps_order_does_not_matter(tmp_path: Path) -> None:
+    state = PartitionState(tmp_path / "0", STAMP)
     state.apply({}, {}, Positions(4, 9))
     state.close()
-    again = opened(tmp_path / "0", dict(reversed(STAMP.items())))
+    again = PartitionState(tmp_path / "0", dict(reversed(STAMP.items())))
     assert again.positions == Positions(4, 9)
     again.close()
 
 
-def test_identities_are_forgotten_when_all_of_a_span_have_expired(opened: Open, tmp_path: Path) -> None:
-    start = DAY // SEEN_DAYS * SEEN_DAYS
-    state = opened(tmp_path / "0", STAMP)
+def test_identities_are_forgotten_when_all_of_a_span_have_expired(tmp_path: Path) -> None:
+    start = DAY // SPAN_DAYS * SPAN_DAYS
+    state = PartitionState(tmp_path / "0", STAMP)
     state.apply(
-        {start: [entry(1)], start + SEEN_DAYS - 1: [entry(2)], start + SEEN_DAYS: [entry(3)]}, {}, Positions(1, 0)
+        {start: [entry(1)], start + SPAN_DAYS - 1: [entry(2)], start + SPAN_DAYS: [entry(3)]}, {}, Positions(1, 0)
     )
 
     def known() -> list[bool]:
         return [payload is not None for payload in state.known([identity(n) for n in (1, 2, 3)])]
 
-    state.forget_before(start + SEEN_DAYS - 1)
+    state.forget_before(start + SPAN_DAYS - 1)
     assert known() == [True, True, True]
-    state.forget_before(start + SEEN_DAYS)
+    state.forget_before(start + SPAN_DAYS)
     assert known() == [False, False, True]
-    state.apply({start + SEEN_DAYS: [entry(4)]}, {b"a": 1}, Positions(2, 1))  # and it goes on
+    state.apply({start + SPAN_DAYS: [entry(4)]}, {b"a": 1}, Positions(2, 1))  # and it goes on
     state.close()
-    state = opened(tmp_path / "0", STAMP)
+    state = PartitionState(tmp_path / "0", STAMP)
     assert known() == [False, False, True]
     assert state.quantity(b"a") == 1
     state.close()
 
 
-def test_a_second_opener_gets_a_directory_of_its_own_and_leaves_the_first_alone(opened: Open, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_second_opener_gets_a_directory_of_its_own_and_leaves_the_first_alone(tmp_path: Path) -> None:
     """Two workers on one machine, or a thread that has not let go yet."""
-    first = opened(tmp_path / "0", STAMP)
+    first = PartitionState(tmp_path / "0", STAMP)
     first.apply({DAY: [entry(1)]}, {b"a": 5}, Positions(4, 9))
-    second = opened(tmp_path / "0", STAMP)
+    second = PartitionState(tmp_path / "0", STAMP)
     assert second.positions is None
     second.apply({}, {b"a": 77}, Positions(1, 1))
     assert first.quantity(b"a") == 5
     first.close()
-    again = opened(tmp_path / "0", STAMP)
+    again = PartitionState(tmp_path / "0", STAMP)
     assert (again.positions, again.quantity(b"a")) == (Positions(4, 9), 5)
     again.close()
     second.close()
 
 
-def test_a_second_directory_of_another_stamp_is_wiped_too(opened: Open, tmp_path: Path) -> None:
-    first, old = opened(tmp_path / "0", STAMP), opened(tmp_path / "0", STAMP)
+@pytest.mark.usefixtures("impatient")
+def test_a_second_directory_of_another_stamp_is_wiped_too(tmp_path: Path) -> None:
+    first, old = PartitionState(tmp_path / "0", STAMP), PartitionState(tmp_path / "0", STAMP)
     old.apply({DAY: [entry(1)]}, {b"a": 5}, Positions(4, 9))
     old.close()
-    new = opened(tmp_path / "0", STAMP | {"events": "t2"})
+    new = PartitionState(tmp_path / "0", STAMP | {"events": "t2"})
     assert (new.positions, new.quantity(b"a")) == (None, None)
     new.close()
     first.close()
 
 
-def test_a_batch_is_applied_whole_or_not_at_all(opened: Open, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "growing", "expected"),
+    [
+        ([], True, None),
+        ([40_000] * 3, True, None),
+        ([40_000] * 4, True, 0),
+        ([140_000, *[40_000] * 4], True, 1),  # the larger one waits for three of its size
+        ([140_000, 140_000, 140_000, *[40_000] * 4], True, 3),
+        ([140_000] * 4, True, 0),
+        ([600_000, *[140_000] * 3, 40_000], True, None),
+        ([600_000, *[140_000] * 3, 40_000, 140_000], True, 1),  # a smaller one between them goes with them
+        ([40_000, 600_000, 40_000, 40_000, 40_000], True, None),  # only those at the end, or their order would be lost
+        ([40_000, 600_000], False, 0),  # nothing is added any more: one is searched faster than two
+        ([600_000], False, None),
+    ],
+)
+def test_segments_of_like_size_are_merged(rows: list[int], growing: bool, expected: int | None) -> None:
+    assert merge_from(rows, growing=growing) == expected
+
+
+def test_segments_stay_few_and_counters_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it runs: each size has fewer than four, and no batch merges more than its share."""
+    monkeypatch.setattr(state_module, "_FLUSH_ROWS", 16)
+    monkeypatch.setattr(state_module, "_CACHED", 3)
+    monkeypatch.setattr(segments, "_STEP_WORDS", 4)
+    state = PartitionState(tmp_path / "p", STAMP)
+    for n in range(600):
+        day = DAY + n // 400 * SPAN_DAYS
+        state.apply({day: [entry(5 * n + i) for i in range(5)]}, {b"c%d" % (n % 20): n}, Positions(n, n))
+        manifest = Manifest.read(tmp_path / "p")
+        assert manifest is not None
+        assert len(manifest.segments) <= 40
+    assert [state.quantity(b"c%d" % n) for n in range(20)] == list(range(580, 600))
+    assert all(state.known([identity(n) for n in range(3000)]))
+    assert state.seen_keys == 3000
+    spans: dict[int, list[int]] = {}
+    for span, segment in manifest.segments:
+        spans.setdefault(span, []).append(segment.rows)
+    counters, first, _ = (spans[span] for span in sorted(spans))
+    assert first == [2000]
+    assert sum(counters) < 200
+    state.close()
+
+
+def test_a_batch_is_applied_whole_or_not_at_all(tmp_path: Path) -> None:
     """Killed in the middle of writing: what is found afterwards is one batch's end, never the middle of one."""
-    if opened is not PartitionState:
-        pytest.skip("the helper process opens RocksDB")
     script = textwrap.dedent(
         """
         import sys
         from pathlib import Path
+        from xxhash import xxh3_128_digest
         from pipeline.rating.state import PartitionState, Positions
         state = PartitionState(Path(sys.argv[1]), {"cluster": "c1", "events": "t1"})
         print("ready", flush=True)
         for n in range(1, 1_000_000):
-            seen = [(n * 1000 + i).to_bytes(16, "big") + b"p" * 8 for i in range(200)]
+            seen = [xxh3_128_digest(b"%d" % (n * 1000 + i)) + b"p" * 8 for i in range(200)]
             state.apply({20500: seen}, {b"t%d" % i: n for i in range(50)}, Positions(n, n))
         """
     )
@@ -190,12 +226,12 @@ def test_a_batch_is_applied_whole_or_not_at_all(opened: Open, tmp_path: Path) ->
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        state = opened(tmp_path / "0", STAMP)
+        state = PartitionState(tmp_path / "0", STAMP)
         positions = state.positions
         n = positions.seen if positions else 0
         assert {state.quantity(b"t%d" % i) for i in range(50)} == ({n} if n else {None})
-        last = [(n * 1000 + i).to_bytes(16, "big") for i in range(200)]
-        following = [((n + 1) * 1000 + i).to_bytes(16, "big") for i in range(200)]
+        last = [identity(n * 1000 + i) for i in range(200)]
+        following = [identity((n + 1) * 1000 + i) for i in range(200)]
         assert n == 0 or all(state.known(last))
         assert wait == "0.2" or not any(state.known(following))  # the second run writes over the first's
         state.close()
@@ -210,11 +246,9 @@ def test_a_batch_is_applied_whole_or_not_at_all(opened: Open, tmp_path: Path) ->
     )
 )
 def test_seen_records_unpack_to_what_was_packed(days: dict[int, list[bytes]]) -> None:
-    unpacked: dict[int, list[bytes]] = {}
-    for record in pack_seen(days):
-        day, entries = unpack_seen(record)
-        unpacked.setdefault(day, []).extend(entries)
-    assert unpacked == days
+    assert [unpack_seen(record) for record in pack_seen(days)] == [
+        (day, b"".join(entries)) for day, entries in sorted(days.items())
+    ]
 
 
 def test_a_seen_record_holds_at_most_512_kib() -> None:
@@ -222,7 +256,7 @@ def test_a_seen_record_holds_at_most_512_kib() -> None:
     records = list(pack_seen({DAY: entries}))
     assert len(records) == 3
     assert max(len(record) for record in records) <= 512 * 1024
-    assert [one for record in records for one in unpack_seen(record)[1]] == entries
+    assert b"".join(unpack_seen(record)[1] for record in records) == b"".join(entries)
 
 
 @pytest.mark.parametrize(
@@ -271,24 +305,119 @@ def test_entries_are_grouped_by_the_day_they_expire() -> None:
 # -- a disk that fails
 
 
-def test_a_damaged_state_is_thrown_away_and_restored(tmp_path: Path) -> None:
-    state = PartitionState(tmp_path / "p", {"cluster": "a"})
-    state.apply({20_000: [b"i" * 16 + b"p" * 8]}, {b"counter": 5}, Positions(1, 1))
-    state.close()
-    (tmp_path / "p" / "CURRENT").write_text("MANIFEST-999999\n")
-    state = PartitionState(tmp_path / "p", {"cluster": "a"})
-    assert (state.positions, state.quantity(b"counter")) == (None, None)
+def full(path: Path) -> PartitionState:
+    """A state with segments of both kinds and a log."""
+    state = PartitionState(path, STAMP)
+    state.apply({DAY: [entry(n) for n in range(40_000)]}, {b"a": 5}, Positions(1, 1))
+    state.apply({DAY: [entry(-1)]}, {b"b": 7}, Positions(2, 2))
+    return state
+
+
+@pytest.mark.parametrize("broken", ["manifest", "00000001-*", "00000002-*"])
+@pytest.mark.parametrize("how", ["a wrong bit", "cut short", "missing"])
+def test_a_damaged_state_is_thrown_away_and_restored(tmp_path: Path, broken: str, how: str) -> None:
+    full(tmp_path / "p").close()
+    (file,) = (tmp_path / "p").glob(broken)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if how == "a wrong bit" else content[:-5])
+    state = PartitionState(tmp_path / "p", STAMP)
+    assert (state.positions, state.quantity(b"a"), *state.known([identity(1)])) == (None, None, None)
+    state.apply({DAY: [entry(1)]}, {}, Positions(1, 1))
     state.close()
 
 
-def test_a_failing_disk_is_named_and_no_events_fault(tmp_path: Path) -> None:
-    state = PartitionState(tmp_path / "p", {})
-    state.apply({20_000: [b"i" * 16 + b"p" * 8]}, {}, Positions(1, 1))
+def test_a_log_whose_end_was_lost_counts_up_to_there(tmp_path: Path) -> None:
+    """After a power failure: whatever was lost of the last records, what is left is where some batch ended."""
+    state = PartitionState(tmp_path / "p", STAMP)
+    (log,) = (tmp_path / "p").glob("*.log")
+    ends = [0]
+    for n in range(1, 4):
+        state.apply({DAY: [entry(n), entry(-n)]}, {b"a": n}, Positions(n, n))
+        ends.append(log.stat().st_size)
+    state.close()
+    whole = log.read_bytes()
+    for size in range(0, len(whole) + 1, 3):
+        for content in (whole[:size], whole[:size] + bytes(len(whole) - size)):
+            log.write_bytes(content)
+            state = PartitionState(tmp_path / "p", STAMP)
+            n = max(number for number, end in enumerate(ends) if whole[:end] == content[:end])
+            assert state.positions == (Positions(n, n) if n else None)
+            assert state.quantity(b"a") == (n or None)
+            assert [payload is not None for payload in state.known([identity(i) for i in (1, -1, 2, -2, 3, -3)])] == [
+                abs(i) <= n for i in (1, -1, 2, -2, 3, -3)
+            ]
+            state.apply({}, {b"z": 1}, Positions(9, 9))
+            state.close()
+            state = PartitionState(tmp_path / "p", STAMP)
+            assert (state.positions, state.quantity(b"z")) == (Positions(9, 9), 1)
+            state.close()
+
+
+def test_the_state_of_a_newer_tally_is_not_read(tmp_path: Path) -> None:
+    full(tmp_path / "p").close()
+    manifest = tmp_path / "p" / "manifest"
+    text = manifest.read_bytes().splitlines()[0].replace(b'"format": 1', b'"format": 2')
+    manifest.write_bytes(text + b"\n" + xxh3_64_hexdigest(text).encode() + b"\n")
+    state = PartitionState(tmp_path / "p", STAMP)
+    assert state.positions is None
+    state.close()
+
+
+def test_what_an_older_version_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "p" / "deep").mkdir(parents=True)
+    (tmp_path / "p" / "CURRENT").write_text("MANIFEST-000004\n")
+    state = PartitionState(tmp_path / "p", STAMP)
+    assert state.positions is None
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["00000000.log", "manifest"]
+    state.close()
+
+
+@pytest.fixture
+def no_room() -> Iterator[Callable[[int], None]]:
+    """Let files of this process grow to so many bytes only: the kernel refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("room", "rows"), [(10, 5), (500, 50), (10_000, 40_000)], ids=["none", "half", "segment"])
+def test_a_full_disk_is_named_and_leaves_what_was_there(
+    tmp_path: Path, no_room: Callable[[int], None], room: int, rows: int
+) -> None:
+    state = PartitionState(tmp_path / "p", STAMP)
+    state.apply({DAY: [entry(1)]}, {}, Positions(1, 1))
+    no_room(room)
+    with pytest.raises(StateFailed, match=r"File too large|the disk took"):
+        state.apply({DAY: [entry(n) for n in range(rows)]}, {b"a": 1}, Positions(2, 2))
+    no_room(2**40)
+    # Not behind half a record, and not as if nothing had been.
+    with pytest.raises(StateFailed, match="failed before"):
+        state.apply({DAY: [entry(3)]}, {}, Positions(3, 3))
+    state.close()
+    again = PartitionState(tmp_path / "p", STAMP)
+    assert (again.positions, again.seen_keys, again.quantity(b"a")) == (Positions(1, 1), 1, None)
+    again.close()
+
+
+def test_a_closed_one_says_so(tmp_path: Path) -> None:
+    state = full(tmp_path / "p")
     state.close()
     for call in (
         lambda: state.known([b"i" * 16]),
         lambda: state.quantity(b"counter"),
         lambda: state.apply({}, {b"counter": 1}, Positions(2, 2)),
+        lambda: state.forget_before(10**6),
+        state.reset,
     ):
-        with pytest.raises(StateFailed):
+        with pytest.raises(StateFailed, match="closed"):
             call()
+
+
+def test_a_directory_that_cannot_be_made_is_the_disks_fault(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("a file")
+    with pytest.raises(StateFailed, match="cannot be read or written"):
+        PartitionState(tmp_path / "p", STAMP)
