@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from psycopg import Connection
-from psycopg.errors import Error
+from psycopg.errors import Error, UniqueViolation
 
 from pipeline.billing.intake import Batch, Place, Poison, RatedMessage
 from pipeline.billing.lines import Line, LineKey, Lines, merge_references
@@ -30,8 +30,8 @@ class Step(IntEnum):
 
     POSITIONS_MOVED = 1
     LINES_LOCKED = 2
-    ROWS_STAGED = 3
-    ROWS_BILLED = 4
+    ROWS_INSERTED = 3
+    LINES_MOVED = 4
     EVENTS_ACCOUNTED = 5
     REST_QUARANTINED = 6
     COMMITTED = 7
@@ -76,8 +76,9 @@ def commit(
 
     1. Move every position by compare-and-set.
     2. Find or create lines; lock their invoices in id order, keep the rows of open ones.
-    3. COPY these rows into the staging table.
-    4. Insert them ON CONFLICT DO NOTHING; add what was inserted, and only that, to the lines.
+    3. COPY these rows into the table. When one of them is there already, take that back; COPY them into a staging table
+       and insert them from there ON CONFLICT DO NOTHING.
+    4. Add what was inserted, and only that, to the lines.
     5. Write receipts, sequence numbers, control totals, letters and resolutions.
     6. Quarantine the rest with its bytes: already billed, period closed, undecodable, already receipted.
     7. Commit.
@@ -98,11 +99,11 @@ def commit(
             rows, closed = _split(batch.rated, open_lines)
             reached(Step.LINES_LOCKED)
             # Step 3.
-            _stage(connection, rows)
-            reached(Step.ROWS_STAGED)
+            inserted, conflicts = _insert(connection, rows)
+            reached(Step.ROWS_INSERTED)
             # Step 4.
-            billed, conflicts = _bill(connection, rows)
-            reached(Step.ROWS_BILLED)
+            _add_to_lines(connection, inserted)
+            reached(Step.LINES_MOVED)
             # Step 5.
             repeated = write_receipts(connection, batch.receipts)
             write_sequences(connection, batch.receipts, batch.controls, grace_s=grace_s)
@@ -122,7 +123,7 @@ def commit(
     except (Error, PositionTaken):
         lines.forget()
         raise
-    return Written(billed, quarantined)
+    return Written(len(inserted), quarantined)
 
 
 # -- positions
@@ -172,20 +173,54 @@ _COLUMNS = (
     "line_id, charge, cell, "
     "rated_partition, rated_offset, entry, kind, late, quantity, quantity_before, quantity_after, amount"
 )
-_COPY = f"COPY pg_temp.staged ({_COLUMNS}) FROM STDIN"
+_COPY = f"COPY billing.rated_usage ({_COLUMNS}) FROM STDIN"
+_STAGE = f"COPY pg_temp.staged ({_COLUMNS}) FROM STDIN"
+_INSERT_STAGED = f"""
+INSERT INTO billing.rated_usage ({_COLUMNS}) SELECT {_COLUMNS} FROM pg_temp.staged
+ON CONFLICT DO NOTHING RETURNING rated_partition, rated_offset
+"""
+# What was staged and is not there from this very message was there before it.
+_CONFLICTS = """
+SELECT staged.rated_partition, staged.rated_offset
+FROM pg_temp.staged LEFT JOIN billing.rated_usage AS billed
+    ON (billed.event_month, billed.identity, billed.charge, billed.cell, billed.entry)
+        = (staged.event_month, staged.identity, staged.charge, staged.cell, staged.entry)
+    AND (billed.rated_partition, billed.rated_offset) = (staged.rated_partition, staged.rated_offset)
+WHERE billed.identity IS NULL
+"""
 #: Rows written to the server at a time: it parses one part while the next is made.
 _COPY_ROWS = 1000
 
 
-def _stage(connection: "Connection[Any]", rows: list[_OpenRow]) -> None:
+def _insert(connection: "Connection[Any]", rows: list[_OpenRow]) -> tuple[list[_OpenRow], list[RatedMessage]]:
+    """Insert rows; return those that were inserted, and the messages whose row another one had billed.
+
+    In neither list: what this very message had written before. Nearly always all of a batch are new, and one COPY says
+    so; the unique key refuses it as a whole otherwise.
+    """
     if not rows:
-        return
-    with connection.cursor() as cursor, cursor.copy(_COPY) as copy:
-        for part in _staged(rows):
+        return [], []
+    try:
+        with connection.transaction():
+            _copy(connection, _COPY, rows)
+    except UniqueViolation:
+        _copy(connection, _STAGE, rows)
+        inserted = set(connection.execute(_INSERT_STAGED, prepare=False).fetchall())
+        conflicts = set(connection.execute(_CONFLICTS, prepare=False).fetchall())
+        return (
+            [pair for pair in rows if (pair[0].partition, pair[0].offset) in inserted],
+            [message for message, _ in rows if (message.partition, message.offset) in conflicts],
+        )
+    return rows, []
+
+
+def _copy(connection: "Connection[Any]", statement: str, rows: list[_OpenRow]) -> None:
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        for part in _as_text(rows):
             copy.write(part)
 
 
-def _staged(rows: list[_OpenRow]) -> Iterator[str]:
+def _as_text(rows: list[_OpenRow]) -> Iterator[str]:
     """Rows in COPY's text format. An event's part is made once for its rows, which come one after another."""
     part: list[str] = []
     lines: dict[int, str] = {}
@@ -228,57 +263,56 @@ def _escaped(text: str) -> str:
     return text
 
 
-_BILL = f"""
-WITH inserted AS (
-    INSERT INTO billing.rated_usage ({_COLUMNS}) SELECT {_COLUMNS} FROM pg_temp.staged
-    ON CONFLICT DO NOTHING
-    RETURNING line_id, quantity, amount, kind, late, event_time
-), sums AS (
-    SELECT line_id, count(*) AS rows, sum(quantity) AS quantity, sum(amount) AS amount,
-        count(*) FILTER (WHERE kind = 'usage') AS events,
-        count(*) FILTER (WHERE kind = 'usage' AND late) AS late_events,
-        min(event_time) AS first_event_at, max(event_time) AS last_event_at
-    FROM inserted GROUP BY line_id
-), moved AS (
-    UPDATE billing.invoice_line AS line SET
-        quantity = line.quantity + sums.quantity,
-        amount = line.amount + sums.amount,
-        events = line.events + sums.events,
-        late_events = line.late_events + sums.late_events,
-        first_event_at = least(line.first_event_at, sums.first_event_at),
-        last_event_at = greatest(line.last_event_at, sums.last_event_at),
-        updated_at = now()
-    FROM sums WHERE line.id = sums.line_id
-    RETURNING sums.rows
-)
-SELECT coalesce(sum(rows), 0)::bigint FROM moved
-"""
-
-# What was staged and is not there from this very message was there before it.
-_CONFLICTS = """
-SELECT staged.rated_partition, staged.rated_offset
-FROM pg_temp.staged LEFT JOIN billing.rated_usage AS billed
-    ON (billed.event_month, billed.identity, billed.charge, billed.cell, billed.entry)
-        = (staged.event_month, staged.identity, staged.charge, staged.cell, staged.entry)
-    AND (billed.rated_partition, billed.rated_offset) = (staged.rated_partition, staged.rated_offset)
-WHERE billed.identity IS NULL
+_ADD_TO_LINES = """
+UPDATE billing.invoice_line AS line SET
+    quantity = line.quantity + sums.quantity,
+    amount = line.amount + sums.amount,
+    events = line.events + sums.events,
+    late_events = line.late_events + sums.late_events,
+    first_event_at = least(line.first_event_at, sums.first_event_at),
+    last_event_at = greatest(line.last_event_at, sums.last_event_at),
+    updated_at = now()
+FROM unnest(
+    %s::bigint[], %s::numeric[], %s::numeric[], %s::bigint[], %s::bigint[], %s::timestamptz[], %s::timestamptz[]
+) AS sums (line_id, quantity, amount, events, late_events, first_event_at, last_event_at)
+WHERE line.id = sums.line_id
 """
 
 
-def _bill(connection: "Connection[Any]", rows: list[_OpenRow]) -> tuple[int, list[RatedMessage]]:
-    """Insert the staged rows and add them to their lines; return how many, and those another message had billed."""
+def _add_to_lines(connection: "Connection[Any]", rows: list[_OpenRow]) -> None:
+    """Add inserted rows to their lines: quantity and amount of all, how many events of usage, and when."""
     if not rows:
-        return 0, []
+        return
+    # Per line: quantity in 1e-9, amount in 1e-12, events, late ones, first and last time in microseconds.
+    sums: dict[int, list[int]] = {}
+    for (_, _, row, _), line in rows:
+        head, _, _, kind, quantity, _, _, amount, late = row
+        at_us = head.timestamp_us
+        is_usage = kind == "usage"
+        if (of_line := sums.get(line.id)) is None:
+            sums[line.id] = [quantity, amount, int(is_usage), int(late and is_usage), at_us, at_us]
+            continue
+        of_line[0] += quantity
+        of_line[1] += amount
+        of_line[2] += is_usage
+        of_line[3] += late and is_usage
+        if at_us < of_line[4]:
+            of_line[4] = at_us
+        elif at_us > of_line[5]:
+            of_line[5] = at_us
+    quantities, amounts, events, late_events, first_us, last_us = zip(*sums.values(), strict=True)
+    columns: list[list[object]] = [
+        list(sums),
+        [f"{quantity}e-9" for quantity in quantities],  # exact to PostgreSQL, read digit by digit
+        [f"{amount}e-12" for amount in amounts],
+        list(events),
+        list(late_events),
+        [to_datetime(at_us) for at_us in first_us],
+        [to_datetime(at_us) for at_us in last_us],
+    ]
     # Planned anew each time: a plan kept from when the lines were few would scan them all.
-    inserted = connection.execute(_BILL, prepare=False).fetchone()
-    assert inserted is not None, "an aggregate gives one row"
-    conflicts: list[RatedMessage] = []
-    if inserted != (len(rows),):
-        places = set(connection.execute(_CONFLICTS, prepare=False).fetchall())
-        conflicts = [message for message, _ in rows if (message.partition, message.offset) in places]
-        rows = [pair for pair in rows if (pair[0].partition, pair[0].offset) not in places]
+    connection.execute(_ADD_TO_LINES, columns, prepare=False)
     merge_references(connection, ((line, message.row) for message, line in rows if line.references))
-    return inserted[0], conflicts
 
 
 _BILLED_FROM = """

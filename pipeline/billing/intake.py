@@ -16,12 +16,19 @@ from pipeline.billing.receipts import Receipt
 from pipeline.billing.sequences import ControlTotal
 from pipeline.billing.unrated import Letter, Resolution
 from pipeline.core.periods import to_datetime
+from pipeline.core.usage import SEQUENCE_BLOCK
 from pipeline.infra.avro import CONTROLS, DEAD_LETTER, RECEIPTS, Record, Schemas, frame
 from pipeline.infra.topics import Topics
 from pipeline.infra.wire import FRAME_BYTES
 
 #: As far as missing numbers are looked for (``billing.due_sequences``): far from where a bigint ends.
 _SEQUENCE_MAX = 10**18
+#: Block of the last number of 64 bits, which a bigint just holds: events may carry it.
+_BLOCK_MAX = (2**63 - 1) // SEQUENCE_BLOCK
+#: Most bytes of a text that stands in an index, whose entries are bounded. The rater's are shorter: a source has 255.
+_INDEXED_BYTES_MAX = 255
+#: Characters of a problem that are kept: what came may be of any size.
+_PROBLEM_MAX = 500
 #: A topic and a partition of it.
 Place: TypeAlias = tuple[str, int]
 
@@ -92,14 +99,23 @@ class Intake:
                     batch.controls.append(self._control_total(value))
                 else:
                     dead = topic == self._topics.dead_letter
-                    batch.letters.append(Letter(topic, partition, offset, self._letters.read(value), dead))
+                    batch.letters.append(Letter(topic, partition, offset, self._letter(value), dead))
             except Malformed as error:
-                batch.poison.append(Poison(topic, partition, offset, value, str(error)))
+                batch.poison.append(Poison(topic, partition, offset, value, str(error)[:_PROBLEM_MAX]))
         batch.moves = {place: (positions[place], offset) for place, offset in following.items()}
         return batch
 
     def _add_receipt(self, batch: Batch, message: Message, value: bytes) -> None:
         record = self._receipts.read(value)
+        _check_ints(record["partition"], record["generation"])
+        _check_ints(*(one["origin_partition"] for one in record["resolutions"]))
+        _check_texts(record["topic"], record["worker"], *(one["source"] for one in record["sequences"]))
+        if record["next_offset"] < record["first_offset"]:
+            raise Malformed(f"expected offsets in order, got {record['first_offset']} to {record['next_offset']}")
+        for one in record["sequences"]:
+            numbers = int.from_bytes(one["bits"], "little").bit_length()
+            if not (0 <= one["block"] <= _BLOCK_MAX and numbers <= SEQUENCE_BLOCK):
+                raise Malformed(f"expected a block of {SEQUENCE_BLOCK} numbers, got {numbers} in block {one['block']}")
         latest_us = record["latest_event_at"]
         record["latest_event_at"] = None if latest_us is None else _instant(latest_us)
         committed_at = _instant(message.timestamp()[1] * 1000)
@@ -109,13 +125,19 @@ class Intake:
             for one in record["resolutions"]
         )
 
+    def _letter(self, value: bytes) -> Record:
+        record = self._letters.read(value)
+        _check_ints(record["origin_partition"], record["attempts"], record["replays"])
+        _check_texts(record["origin_topic"], record["stage"], record["reason"])
+        return record
+
     def _control_total(self, value: bytes) -> ControlTotal:
         record = self._controls.read(value)
+        _check_texts(record["source"])
         first, last = record["first_sequence"], record["last_sequence"]
         if not 1 <= first <= last <= _SEQUENCE_MAX:
             raise Malformed(f"expected numbers from 1 to {_SEQUENCE_MAX}, got {first} to {last}")
-        if "\0" in "".join((record["source"], *(one["reason"] for one in record["rejections"]))):
-            raise Malformed("expected text without the character NUL, which PostgreSQL cannot hold")
+        _check_nul(*(one["reason"] for one in record["rejections"]))
         return ControlTotal(record, _instant(record["hour"]), _instant(record["said_at"]))
 
 
@@ -150,6 +172,26 @@ class PlainReader:
 
 def _place(message: Message) -> tuple[str, int, int]:
     return cast(tuple[str, int, int], (message.topic(), message.partition(), message.offset()))
+
+
+def _check_ints(*numbers: int) -> None:
+    """fastavro reads an int as the long it may be."""
+    for number in numbers:
+        if not -(2**31) <= number < 2**31:
+            raise Malformed(f"expected an int of 32 bits, got {number}")
+
+
+def _check_texts(*texts: str) -> None:
+    """Texts that stand in an index."""
+    _check_nul(*texts)
+    for text in texts:
+        if (size := len(text.encode())) > _INDEXED_BYTES_MAX:
+            raise Malformed(f"expected a text of at most {_INDEXED_BYTES_MAX} bytes, got {size}: {text[:40]!r}")
+
+
+def _check_nul(*texts: str) -> None:
+    if "\0" in "".join(texts):
+        raise Malformed("expected text without the character NUL, which PostgreSQL cannot hold")
 
 
 def _without_logical_types(schema: Any) -> Any:

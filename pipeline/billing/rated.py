@@ -23,9 +23,12 @@ _ACCOUNTS_MAX = 50_000
 _TERMS_MAX = 32
 #: Longest charge and cell, in characters: both stand in the unique index of rows, whose entries are bounded.
 _CHARGE_MAX, _CELL_MAX = 200, 400
+#: Most bytes of an account, and of all the terms of a row together: in unique indexes too, of invoices and lines. The
+#: rater takes accounts of up to 128 bytes.
+_ACCOUNT_BYTES_MAX, _TERMS_BYTES_MAX = 255, 2_400
 
-#: Times outside are no calendar date to Python.
-_YEAR_1_US, _YEAR_10000_US = -62_135_596_800_000_000, 253_402_300_800_000_000
+#: Times outside are no calendar date to Python, or the month after them is none.
+_YEAR_1_US, _YEAR_9999_US = -62_135_596_800_000_000, 253_370_764_800_000_000
 
 
 _new = tuple.__new__
@@ -171,6 +174,10 @@ def _head(data: bytes, i: int) -> tuple[Head, int]:
     _check_nul(key, account, event_type, subject, source, *properties, *properties.values())
     _check_time(timestamp_us)
     _check_time(appended_ms * 1000)
+    if len(account.encode()) > _ACCOUNT_BYTES_MAX:
+        raise Malformed(
+            f"expected an account of at most {_ACCOUNT_BYTES_MAX} bytes, got one of {len(account.encode())}"
+        )
     # tuple.__new__ skips the keyword handling of a named tuple's own constructor: half the cost.
     head = _new(
         Head,
@@ -195,6 +202,7 @@ def _head(data: bytes, i: int) -> tuple[Head, int]:
 
 
 def _terms(data: bytes, i: int) -> tuple[Terms, int]:
+    start = i
     contract, i = _text(data, i)
     plan, i = _text(data, i)
     plan_version, i = _int(data, i)
@@ -215,6 +223,8 @@ def _terms(data: bytes, i: int) -> tuple[Terms, int]:
             f"expected a charge of at most {_CHARGE_MAX} and a cell of at most {_CELL_MAX} characters, "
             f"got {len(charge)} and {len(cell)}"
         )
+    if i - start > _TERMS_BYTES_MAX:
+        raise Malformed(f"expected terms of at most {_TERMS_BYTES_MAX} bytes, got {i - start}")
     if len(currency) != 3 or not (currency.isascii() and currency.isalpha() and currency.isupper()):
         raise Malformed(f"expected a currency code such as USD, got {currency!r}")
     if period_end_us <= period_start_us:
@@ -300,5 +310,5 @@ def _check_nul(*texts: str) -> None:
 
 
 def _check_time(at_us: int) -> None:
-    if not _YEAR_1_US <= at_us < _YEAR_10000_US:
-        raise Malformed(f"expected a time in the years 1 to 9999, got {at_us} microseconds since 1970")
+    if not _YEAR_1_US <= at_us < _YEAR_9999_US:
+        raise Malformed(f"expected a time in the years 1 to 9998, got {at_us} microseconds since 1970")

@@ -10,6 +10,7 @@ from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from tests.simulation.machine import Histories
 from tests.simulation.mutations import Mutation
+from tests.simulation.tasks import Task
 from tests.simulation.world import simulated
 
 #: Rules applied in a history, at most.
@@ -23,6 +24,8 @@ class Ran:
     seed: int
     histories: int = 0
     steps: int = 0
+    #: Places at which a thread could be stopped.
+    pauses: int = 0
     kafka_commits: int = 0
     postgres_commits: int = 0
     seconds: float = 0.0
@@ -46,7 +49,7 @@ def chosen(default: int) -> tuple[int, int]:
 def run(examples: int, first: int, *defects: Mutation, shrink: bool = True) -> Ran:
     """Run so many histories from a seed. Raises what breaks a law; Hypothesis then prints the shortest history."""
     ran = Ran(first)
-    began, began_cpu = time.monotonic(), time.process_time()
+    began, began_cpu, passed = time.monotonic(), time.process_time(), Task.passed
 
     class Counted(Histories):
         @invariant()
@@ -60,6 +63,7 @@ def run(examples: int, first: int, *defects: Mutation, shrink: bool = True) -> R
             ran.postgres_commits += self.world.store.commits
             ran.seconds, ran.cpu_seconds = time.monotonic() - began, time.process_time() - began_cpu
             super().teardown()
+            ran.pauses = Task.passed - passed
 
     options = settings(
         max_examples=examples,

@@ -4,14 +4,13 @@ The sink's own code runs unchanged over ``Session``, which stands in for its con
 the constant it is. ``test_store.py`` holds the answers against a real server.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from uuid import UUID
 
-from psycopg import OperationalError
-from psycopg.errors import DeadlockDetected
+from psycopg import Error, OperationalError
+from psycopg.errors import DeadlockDetected, UniqueViolation
 
 from pipeline.billing import commit, lines, receipts, sink, unrated
 from pipeline.billing.receipts import Receipt
@@ -57,7 +56,8 @@ class Session:
         self._gone = False
         self._answers: dict[str, Callable[[Any], Rows]] = {
             commit._MOVE_POSITIONS: self._move_positions,
-            commit._BILL: self._bill,
+            commit._INSERT_STAGED: self._insert_staged,
+            commit._ADD_TO_LINES: self._add_to_lines,
             commit._CONFLICTS: self._conflicts,
             commit._BILLED_FROM: self._billed_from,
             commit._QUARANTINE: self._quarantine,
@@ -122,16 +122,22 @@ class Session:
     def pipeline(self) -> "nullcontext[None]":
         return nullcontext()
 
-    def copy(self, statement: str) -> "nullcontext[Session]":
-        assert statement == commit._COPY
+    @contextmanager
+    def copy(self, statement: str) -> "Iterator[Session]":
+        assert statement in (commit._COPY, commit._STAGE)
         pause("copy")
-        return nullcontext(self)
+        self._copied: list[dict[str, Any]] = []
+        yield self
+        if statement == commit._STAGE:
+            self._staged += self._copied
+        elif not all(self._insert("rated", self._row_key(row), row) for row in self._copied):
+            raise UniqueViolation("a row is there already")
 
     def write(self, text: str) -> None:
         for row in text.splitlines():
             fields = dict(zip(_ROW, row.split("\t"), strict=True))
             assert "\\" not in row, "escapes are not simulated"
-            self._staged.append(
+            self._copied.append(
                 fields
                 | {name: int(fields[name]) for name in ("line_id", "rated_partition", "rated_offset", "entry")}
                 | {name: int(fields[name].removesuffix("e-9")) for name in ("quantity", "quantity_before")}
@@ -140,7 +146,14 @@ class Session:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        assert not self._in_transaction
+        if self._in_transaction:  # a savepoint
+            writes = dict(self._writes)
+            try:
+                yield
+            except Error:
+                self._writes = writes
+                raise
+            return
         self._in_transaction = True
         try:
             yield
@@ -260,16 +273,18 @@ class Session:
     def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in ("event_month", "identity", "charge", "cell", "entry"))
 
-    def _bill(self, _: Any) -> Rows:
+    def _insert_staged(self, _: Any) -> Rows:
         inserted = [row for row in self._staged if self._insert("rated", self._row_key(row), row)]
-        sums: Counter[tuple[int, str]] = Counter()
-        for row in inserted:
-            for name, value in (("quantity", row["quantity"]), ("amount", row["amount"]), ("events", 1)):
-                sums[row["line_id"], name] += value
-        for key, line in self._rows("line").items():
-            if (line["id"], "events") in sums:
-                self._put("line", key, line | {name: line[name] + sums[line["id"], name] for name in _SUMS})
-        return [(len(inserted),)]
+        return [(row["rated_partition"], row["rated_offset"]) for row in inserted]
+
+    def _add_to_lines(self, parameters: Any) -> Rows:
+        by_id = {line["id"]: (key, line) for key, line in self._rows("line").items()}
+        for line_id, quantity, amount, events, *_ in zip(*parameters, strict=True):
+            key, line = by_id[line_id]
+            more = (int(quantity.removesuffix("e-9")), int(amount.removesuffix("e-12")), events)
+            sums = {name: line[name] + add for name, add in zip(_SUMS, more, strict=True)}
+            self._put("line", key, line | sums)
+        return []
 
     def _conflicts(self, _: Any) -> Rows:
         places = ("rated_partition", "rated_offset")

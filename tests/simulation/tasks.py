@@ -6,7 +6,7 @@ No two threads ever run at once and no clock has a say, so the same choices give
 
 from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Callable
-from threading import get_ident
+from threading import get_ident, main_thread
 
 #: A task that passes so many pauses without waiting runs in circles.
 _STEPS_MAX = 20_000
@@ -18,6 +18,9 @@ class Killed(BaseException):
 
 class Task:
     """One thread of control of a simulated process."""
+
+    #: Pauses that all tasks have come to.
+    passed = 0
 
     def __init__(self, name: str, body: Callable[[], None]) -> None:
         self.name = name
@@ -67,6 +70,7 @@ class Task:
     def pause(self, at: str, waits: bool) -> None:
         if not self._killed:
             self.at = at
+            Task.passed += 1
             self._left -= 1
             if self._left > 0 and not waits:
                 return
@@ -95,3 +99,5 @@ def pause(at: str, *, waits: bool = False) -> None:
     task = _tasks.get(get_ident())
     if task is not None:
         task.pause(at, waits)
+    else:
+        assert get_ident() == main_thread().ident, f"a thread that the simulation does not drive came to: {at}"

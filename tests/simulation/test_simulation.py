@@ -23,6 +23,12 @@ def test_the_laws_hold_in_every_history() -> None:
     assert ran.postgres_commits > 3 * ran.histories
 
 
+def test_the_same_seed_gives_the_same_histories() -> None:
+    first, again = run(15, 7), run(15, 7)
+    assert (first.steps, first.pauses) == (again.steps, again.pauses)
+    assert (first.kafka_commits, first.postgres_commits) == (again.kafka_commits, again.postgres_commits)
+
+
 DEFECTS: dict[str, tuple[Mutation, ...]] = {
     "a batch is remembered before it is committed": (mutations.overlay_before_commit,),
     "a batch is remembered although it was aborted": (mutations.overlay_after_abort,),
@@ -37,7 +43,7 @@ DEFECTS: dict[str, tuple[Mutation, ...]] = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_it_finds_that(defect: str) -> None:
     with pytest.raises(AssertionError):
-        run(_MANY, 1, *DEFECTS[defect], shrink=False)
+        run(_MANY, 3, *DEFECTS[defect], shrink=False)
 
 
 LOCKS: dict[str, tuple[Mutation, ...]] = {

@@ -2,8 +2,8 @@
 
 What runs is the product: ``PartitionRater.run`` with taking a partition, merging fetched lists, retry and the whole
 commit protocol, and ``sink.run`` with positions, intake and its commit. What is simulated is around it: the broker, the
-client's producer and consumers, PostgreSQL, the disk, the clock, and Faust, whose part (who owns what, what was fetched)
-is here played by ``Worker``.
+client's producer and consumers, PostgreSQL, the disk, threads and the clock, and Faust, whose part (who owns what, what
+was fetched) is here played by ``Worker``.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -283,7 +283,7 @@ class Stop:
 
 
 class Sink:
-    """A sink's process: ``sink.run``, all of it."""
+    """A sink's process: ``sink.run``, all of it, and the thread that writes for it."""
 
     def __init__(self, world: "World", name: str) -> None:
         self.name = name
@@ -293,19 +293,75 @@ class Sink:
         self.assigned: set[Place] = set()
         stop: Any = self.stop
         self.task = Task(name, lambda: sink.run(_SETTINGS, stop, reached=lambda step: pause(step.name)))
+        self.writer: Task | None = None
 
     @property
     def alive(self) -> bool:
         return not self.task.done
 
     def work(self, steps: int | None = None) -> None:
+        """Each of its threads runs so many steps, or until there is nothing to do for either."""
         current().working = self
-        self.task.run() if steps is None else self.task.run(steps)
+        self.task.run(steps)
+        while self.writer is not None and not self.writer.done:
+            self.writer.run(steps)
+            if steps is not None or not self.writer.done:
+                break
+            self.task.run()
         if self.task.error is not None:
             raise self.task.error
 
     def kill(self) -> None:
+        if self.writer is not None:
+            self.writer.kill()
         self.task.kill()
+
+
+class Writer:
+    """The sink's ``ThreadPoolExecutor`` of one thread."""
+
+    def __init__(self, threads: int, **options: object) -> None:
+        assert threads == 1
+        sink = current().working
+        assert sink is not None
+        self._sink = sink
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sink.writer is not None:
+            _await(self._sink.writer)
+
+    def submit(self, body: Callable[..., Any], *arguments: Any) -> "Written":
+        assert self._sink.writer is None or self._sink.writer.done, "one batch is written at a time"
+        written = Written(f"{self._sink.name}/writer", lambda: body(*arguments))
+        self._sink.writer = written.task
+        return written
+
+
+class Written:
+    """The ``Future`` of what the writer does."""
+
+    def __init__(self, name: str, body: Callable[[], Any]) -> None:
+        self._result: list[Any] = []
+        self.task = Task(name, lambda: self._result.append(body()))
+
+    def result(self) -> Any:
+        _await(self.task)
+        if self.task.error is not None:
+            raise self.task.error
+        return self._result[0]
+
+
+def _await(task: Task) -> None:
+    while not task.done:
+        pause("waits for the writer", waits=True)
+
+
+def _await_all(futures: Iterable[Written]) -> None:
+    for future in futures:
+        _await(future.task)
 
 
 class SinkConsumer(kafka.Consumer):
@@ -526,6 +582,8 @@ _OUTSIDE: dict[Any, dict[str, Any]] = {
     intake: {"PlainReader": lru_cache(intake.PlainReader)},  # parses its schema once
     sink: {
         "Consumer": SinkConsumer,
+        "ThreadPoolExecutor": Writer,
+        "wait": _await_all,
         "connect": _connect,
         "ensure_months": lambda connection, months: None,
         "time": _sink_clock,
