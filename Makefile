@@ -49,14 +49,14 @@ lock: $(VENV)/.dev
 	$(COMPILE) --extra embedded --extra dev --constraint requirements.txt --output-file requirements-dev.txt pyproject.toml
 
 clean:
-	rm -rf pipeline/rating/fastpath.*.so $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf pipeline/*/fastpath.*.so $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Tally needs Python 3.11 or newer, %s is %s: make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
 	$(PYTHON) -m venv $(VENV)
 
-# What makes a new installation needed; the rater's fast path is compiled there.
-BUILT_FROM := pyproject.toml hatch_build.py pipeline/rating/fastpath.pyx
+# What makes a new installation needed; the fast paths are compiled there.
+BUILT_FROM := pyproject.toml hatch_build.py pipeline/rating/fastpath.pyx pipeline/billing/fastpath.pyx
 
 # The package itself is installed without isolation and dependencies: the lock holds its build backend too.
 $(VENV)/.runtime: requirements.txt $(BUILT_FROM) | $(VENV)/bin/python

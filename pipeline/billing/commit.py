@@ -24,6 +24,12 @@ from pipeline.billing.unrated import write_unrated
 from pipeline.core.periods import to_datetime
 from pipeline.infra.topics import Topics
 
+plain_text: Callable[[Head], str | None] | None
+try:
+    from pipeline.billing.fastpath import text_of_event as plain_text
+except ImportError:  # installed without a C compiler: slower, the same in all else
+    plain_text = None
+
 
 class Step(IntEnum):
     """Steps of ``commit``; each is reached when its work is done."""
@@ -229,7 +235,7 @@ def _as_text(rows: list[_OpenRow]) -> Iterator[str]:
     for (partition, offset, row, _), line in rows:
         head, terms, entry, kind, quantity, before, after, amount, late = row
         if head is not last:
-            last, event = head, _text_of_event(head)
+            last, event = head, (plain_text and plain_text(head)) or _text_of_event(head)
         if (line_text := lines.get(line.id)) is None:
             line_text = lines[line.id] = f"{line.id}\t{_escaped(terms.charge)}\t{_escaped(terms.cell)}"
         # 12e-9 is exact to PostgreSQL: a numeric is read digit by digit.

@@ -8,10 +8,16 @@ with an already decoded run hold exactly that run: both are decoded once and rec
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.infra.avro import RATED, Schemas, frame
 from pipeline.infra.wire import FRAME_BYTES
+
+PlainRows: type[Any] | None
+try:
+    from pipeline.billing.fastpath import PlainRows
+except ImportError:  # installed without a C compiler: slower, the same in all else
+    PlainRows = None
 
 KINDS = ("usage", "void", "correction")
 _IDENTITY_BYTES = 16
@@ -23,15 +29,17 @@ _ACCOUNTS_MAX = 50_000
 _TERMS_MAX = 32
 #: Longest charge and cell, in characters: both stand in the unique index of rows, whose entries are bounded.
 _CHARGE_MAX, _CELL_MAX = 200, 400
-#: Most bytes of an account, and of all the terms of a row together: in unique indexes too, of invoices and lines. The
-#: rater takes accounts of up to 128 bytes.
-_ACCOUNT_BYTES_MAX, _TERMS_BYTES_MAX = 255, 2_400
+#: Longest account, in characters, and most bytes of all terms of a row together: they stand in unique indexes too, of
+#: invoices and lines. The rater takes accounts of at most 128 bytes; ids of the catalog have at most 128 characters.
+_ACCOUNT_MAX, _TERMS_BYTES_MAX = 128, 2_400
 
 #: Times outside are no calendar date to Python, or the month after them is none.
 _YEAR_1_US, _YEAR_9999_US = -62_135_596_800_000_000, 253_370_764_800_000_000
 
 
 _new = tuple.__new__
+#: What the fast path takes: times of event and append, account.
+_LIMITS = (_YEAR_1_US, _YEAR_9999_US, _ACCOUNT_MAX)
 
 
 class Malformed(ValueError):
@@ -97,9 +105,14 @@ class Reader:
         self._head_bytes = b"\xff"  # no framed message begins so
         self._head: Head | None = None
         self._terms: dict[str, list[tuple[bytes, Terms]]] = {}
+        self._plain = PlainRows and PlainRows(Head, Row, KINDS, self._frames, self._terms, _LIMITS)
 
     def read(self, data: bytes) -> Row:
         """The row of one message. Raises Malformed, saying what was expected and what came."""
+        if self._plain is not None:
+            row: Row | None = self._plain.read(data)
+            if row is not None:
+                return row
         try:
             return self._read(data)
         except IndexError:
@@ -115,6 +128,8 @@ class Reader:
                 raise Malformed(f"expected the frame of a RatedUsage, got {data[:FRAME_BYTES].hex() or 'nothing'}")
             head, i = _head(data, FRAME_BYTES)
             self._head, self._head_bytes = head, data[:i]
+            if self._plain is not None:
+                self._plain.met(head, data, i)
 
         account = head.account
         for run, known in self._terms.get(account, ()):
@@ -174,10 +189,8 @@ def _head(data: bytes, i: int) -> tuple[Head, int]:
     _check_nul(key, account, event_type, subject, source, *properties, *properties.values())
     _check_time(timestamp_us)
     _check_time(appended_ms * 1000)
-    if len(account.encode()) > _ACCOUNT_BYTES_MAX:
-        raise Malformed(
-            f"expected an account of at most {_ACCOUNT_BYTES_MAX} bytes, got one of {len(account.encode())}"
-        )
+    if len(account) > _ACCOUNT_MAX:
+        raise Malformed(f"expected an account of at most {_ACCOUNT_MAX} characters, got {len(account)}")
     # tuple.__new__ skips the keyword handling of a named tuple's own constructor: half the cost.
     head = _new(
         Head,

@@ -22,7 +22,7 @@ from pipeline.billing.intake import Batch, Intake, Place
 from pipeline.billing.lines import Lines
 from pipeline.billing.months import ensure_months, next_month
 from pipeline.core.periods import to_datetime
-from pipeline.infra import metrics
+from pipeline.infra import metrics, runtime
 from pipeline.infra.avro import Schemas, load_schemas
 from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
@@ -61,6 +61,7 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached | None = 
     that were not written yet; KafkaException when the broker refuses for good (authorization, no such topic);
     psycopg.Error for anything but an absent or overloaded server. These need a person.
     """
+    runtime.collect_seldom()
     sink = _Sink(settings, stop, reached or (lambda _: None))
     backoff, postgres_away = _BACKOFF_FIRST_S, False
     while not stop.is_set():

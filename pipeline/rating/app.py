@@ -6,7 +6,6 @@ own (``pipeline.rating.partition``), because they have to move in one transactio
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -26,7 +25,7 @@ from faust.types.auth import SASLMechanism
 
 from pipeline.core.catalog import STALE_S
 from pipeline.core.limits import Limits
-from pipeline.infra import metrics
+from pipeline.infra import metrics, runtime
 from pipeline.infra.avro import EVENTS, Schemas, frame, load_schemas
 from pipeline.infra.going_on import GoingOn
 from pipeline.infra.logs import get_logger
@@ -50,8 +49,6 @@ _FAILED_STOP_S = 3.0
 #: Whatever hangs on the way out (the event loop, a client's thread), the process of a failed worker ends after this.
 _GONE_S = 45.0
 _CATALOG_S = 60.0
-#: Objects made between two looks of the cycle collector: several batches' worth.
-_GC_ALLOCATIONS = 200_000
 #: How long one partition's thread may keep the interpreter: a tenth less CPU than with Python's 5 ms, measured.
 _SWITCH_S = 0.02
 
@@ -102,9 +99,7 @@ class Rater(PartitionListener):
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._done.set)
         metrics.serve(self._settings)
-        # Batches are many short-lived tuples without cycles: looking through them costs a tenth of the worker's time.
-        gc.freeze()
-        gc.set_threshold(_GC_ALLOCATIONS, 20, 20)
+        runtime.collect_seldom()
         sys.setswitchinterval(_SWITCH_S)
         self._feed.start()
         if not await self._catalog_read():

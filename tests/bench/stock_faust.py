@@ -22,7 +22,7 @@ def main(broker: str, topic: str, group: str, datadir: str) -> None:
     events = app.topic(topic, key_serializer="raw", value_serializer="raw", value_type=bytes)
 
     @app.agent(events)
-    async def receive(stream: faust.Stream) -> None:  # type: ignore[type-arg]
+    async def receive(stream: faust.StreamT[bytes]) -> None:
         async for _ in stream:
             pass
 

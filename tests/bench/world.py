@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import fastavro
 import psutil
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from pipeline.core.charges import Charge, Tier
 from pipeline.core.contracts import Account, Contract
@@ -24,14 +27,54 @@ from pipeline.core.plans import Plan
 from pipeline.infra import processes
 from pipeline.infra.avro import CATALOG, EVENTS, frame, load_schemas
 from pipeline.infra.settings import Settings
-from pipeline.infra.topics import Topics
-from pipeline.rating.changelog import expiry_day, pack_seen
+from pipeline.infra.topics import Topics, ensure_topics
+from pipeline.rating.changelog import SEEN_DAYS, expiry_day, pack_seen
+
+#: (key, framed value) of a message on ``usage.events``.
+Message = tuple[bytes, bytes]
 
 ACCOUNTS = 1_000
 _MODELS, _REGIONS = ("small", "medium", "large"), ("eu", "us", "ap")
 _TYPES = ("completion", "embedding")
 _UNIT = 10**9
 _DAY_US = 86_400_000_000
+#: Identities in a record of the changelog of seen keys, as after a large batch.
+_SEEN_BLOCK = 5_000
+
+
+@contextmanager
+def topics(settings: Settings, name: str, **options: Any) -> Iterator[Settings]:
+    """Topics and a data directory of its own, gone at the end. The database is the run's."""
+    here = settings.model_copy(
+        update={"topic_prefix": f"{settings.topic_prefix}{name}-", "data_dir": settings.data_dir / name, **options}
+    )
+    ensure_topics(here)
+    try:
+        yield here
+    finally:
+        delete_topics(here)
+        shutil.rmtree(here.data_dir, ignore_errors=True)
+
+
+@contextmanager
+def deployment(settings: Settings, name: str, **options: Any) -> Iterator[Settings]:
+    """As ``topics``, with the catalog on them."""
+    with topics(settings, name, **options) as here:
+        send_catalog(here)
+        yield here
+
+
+def delete_topics(settings: Settings) -> None:
+    """Every topic under the settings' prefix."""
+    admin = AdminClient(settings.kafka)
+    if names := [name for name in admin.list_topics(timeout=15).topics if name.startswith(settings.topic_prefix)]:
+        for deleted in admin.delete_topics(names).values():
+            deleted.result(30)
+
+
+def folder(settings: Settings, name: str) -> Settings:
+    """The same deployment for another worker, with a data directory of its own."""
+    return settings.model_copy(update={"data_dir": settings.data_dir / name})
 
 
 def catalog() -> list[Item]:
@@ -63,14 +106,15 @@ def catalog() -> list[Item]:
     return items
 
 
-def events(count: int, seed: int = 7) -> list[tuple[bytes, bytes]]:
-    """(key, framed value): 2 % repeats, 0.1 % that cannot be rated, times over the last 19 days."""
+def events(count: int, seed: int = 7, times_us: tuple[int, int] | None = None) -> list[Message]:
+    """2 % repeats, 0.1 % that cannot be rated; times rise over 19 days up to yesterday, or over ``times_us``."""
     schemas = load_schemas()
     newest = schemas.newest(EVENTS)
     schema, head = newest.parsed(), frame(newest.id)
     dice = random.Random(seed)
-    start = time.time_ns() // 1000 - 20 * _DAY_US
-    made: list[tuple[bytes, bytes]] = []
+    now = time.time_ns() // 1000
+    first, last = times_us or (now - 20 * _DAY_US, now - _DAY_US)
+    made: list[Message] = []
     for number in range(count):
         luck = dice.random()
         if luck < 0.02 and made:
@@ -87,7 +131,7 @@ def events(count: int, seed: int = 7) -> list[tuple[bytes, bytes]]:
                 "idempotency_key": f"{dice.getrandbits(128):032x}",
                 "account": account,
                 "event_type": _TYPES[dice.random() < 0.3],
-                "timestamp": start + number * (19 * _DAY_US // count),
+                "timestamp": first + number * (last - first) // count,
                 "subject": "",
                 "properties": {
                     "tokens": "12x" if 0.9990 < luck <= 0.9993 else str(quantity),
@@ -102,7 +146,7 @@ def events(count: int, seed: int = 7) -> list[tuple[bytes, bytes]]:
     return made
 
 
-def send(settings: Settings, topic: str, messages: list[tuple[bytes, bytes]]) -> None:
+def send(settings: Settings, topic: str, messages: list[Message]) -> None:
     producer = Producer(
         {
             **settings.kafka,
@@ -144,15 +188,18 @@ def send_catalog(settings: Settings) -> None:
 
 
 def send_seen(settings: Settings, keys: int) -> None:
-    """Put ``keys`` identities that no event has into the changelog, spread over the partitions."""
+    """Put ``keys`` identities that no event has into the changelog, evenly over partitions and the days they expire."""
     dice = random.Random(11)
-    producer = Producer({**settings.kafka, "queue.buffering.max.kbytes": 2_000_000})
+    producer = Producer({**settings.kafka, "linger.ms": 20, "queue.buffering.max.kbytes": 1_000_000})
     now_ms = time.time_ns() // 1_000_000
-    day = expiry_day(now_ms, now_ms)
-    for partition in range(settings.partitions):
-        entries = [dice.randbytes(24) for _ in range(keys // settings.partitions)]
-        for block in pack_seen({day: entries}):
-            producer.produce(Topics(settings.topic_prefix).seen, block, None, partition)
+    last_day = expiry_day(now_ms, now_ms)
+    share = keys // settings.partitions
+    for done in range(0, share, _SEEN_BLOCK):
+        day = last_day - SEEN_DAYS + 1 + SEEN_DAYS * done // share
+        for partition in range(settings.partitions):
+            entries = dice.randbytes(24 * min(_SEEN_BLOCK, share - done))
+            for record in pack_seen({day: [entries]}):
+                _produce(producer, Topics(settings.topic_prefix).seen, record, partition)
     if producer.flush(120):
         raise RuntimeError("the changelog was not written")
     # A rater that finds state without offsets refuses to start: say that it is at the beginning.
@@ -163,11 +210,21 @@ def send_seen(settings: Settings, keys: int) -> None:
     group.close()
 
 
+def _produce(producer: Producer, topic: str, value: bytes, partition: int) -> None:
+    while True:
+        try:
+            producer.produce(topic, value, None, partition)
+            return
+        except BufferError:
+            producer.poll(0.1)
+
+
 @dataclass(slots=True)
 class Cost:
     """CPU and memory of a process, by its own account."""
 
     process: psutil.Process
+    log: Path
     anonymous_bytes: int = 0
 
     def cpu_seconds(self) -> float:
@@ -175,7 +232,12 @@ class Cost:
         return float(times.user + times.system)
 
     def look(self) -> None:
-        """Note the anonymous memory (RssAnon: what is really the process's own, mapped files left out)."""
+        """Note the anonymous memory (RssAnon: what is really the process's own, mapped files left out).
+
+        Raises RuntimeError with the end of its log when the process has ended.
+        """
+        if self.process.status() == psutil.STATUS_ZOMBIE:
+            raise RuntimeError(f"the worker ended early:\n{processes.tail(self.log)}")
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("RssAnon"):
                 self.anonymous_bytes = max(self.anonymous_bytes, int(line.split()[1]) * 1024)
@@ -191,15 +253,16 @@ def worker(settings: Settings, code: str) -> Iterator[Cost]:
         "TALLY_KAFKA_BOOTSTRAP": settings.kafka_bootstrap or "",
         "TALLY_POSTGRES_DSN": settings.dsn,
         "TALLY_TOPIC_PREFIX": settings.topic_prefix,
+        "TALLY_PARTITIONS": str(settings.partitions),
         "TALLY_DATA_DIR": str(settings.data_dir),
     }
     with log.open("wb") as output:
         process = processes.spawn([sys.executable, "-c", code], output=output, env=environment)
     try:
         # The launcher becomes the worker by exec: one process, whose costs are all the worker's.
-        yield Cost(psutil.Process(process.pid))
-        if process.poll() is not None:
-            raise RuntimeError(f"the worker ended early:\n{processes.tail(log)}")
+        cost = Cost(psutil.Process(process.pid), log)
+        yield cost
+        cost.look()
     finally:
         processes.end([process], grace=20)
 

@@ -1,7 +1,7 @@
 """``MINUTES=… SEED=… python -m tests.chaos``: progress on stderr, one JSON object on stdout, exit 4 on a difference.
 
 MINUTES (3) of load and faults; EVENTS in all (300 a second); SEED of both (drawn and shown unless given); FAULTS in
-all (9 a minute); SESSION_TIMEOUT of raters and sinks in seconds (10).
+all (9 a minute); SESSION_TIMEOUT of raters and sinks in seconds (6).
 """
 
 import json
@@ -26,7 +26,7 @@ def main() -> int:
         minutes=minutes,
         events=int(given.get("EVENTS") or minutes * 60 * 300),
         faults=int(given.get("FAULTS") or minutes * 9),
-        session_timeout=float(given.get("SESSION_TIMEOUT") or 10),
+        session_timeout=float(given.get("SESSION_TIMEOUT") or 6),
     )
     data_dir = Path(tempfile.mkdtemp(prefix="tally-chaos-"))
     say(f"data and logs in {data_dir}")
