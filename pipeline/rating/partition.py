@@ -16,6 +16,7 @@ from pipeline.core.limits import Limits
 from pipeline.core.periods import to_micros
 from pipeline.core.usage import ParkedRecord, Record
 from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
+from pipeline.infra.avro import Record as Letter
 from pipeline.infra.going_on import GoingOn
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
@@ -332,6 +333,22 @@ class PartitionRater(threading.Thread):
             self._listener.full(self.partition, source, full)
 
 
+def _could_be_written(letter: Letter) -> bool:
+    """Could a rater or a replay have written it? Else its numbers lead where no calendar and no back-off does."""
+    return bool(
+        0 <= letter["origin_partition"] <= _INT_MAX
+        and letter["origin_offset"] >= 0
+        and _YEAR_FIRST <= letter["origin_appended_at"].year <= _YEAR_LAST
+        and 0 <= letter["attempts"] < _INT_MAX  # one more has to fit
+        and 0 <= letter["replays"] <= _INT_MAX
+    )
+
+
+_INT_MAX = 2**31 - 1
+#: Years in which every time zone can count, as in the catalog.
+_YEAR_FIRST, _YEAR_LAST = 1970, 9998
+
+
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -341,6 +358,8 @@ def unpark(record: Record, schemas: Schemas) -> Record:
     try:
         letter = schemas.decode(record.value, DEAD_LETTER)
     except WireError:
+        return record
+    if not _could_be_written(letter):
         return record
     return ParkedRecord(
         topic=letter["origin_topic"],

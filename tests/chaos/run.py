@@ -53,7 +53,7 @@ class Options:
     minutes: float
     events: int
     faults: int
-    session_timeout: float = 10.0
+    session_timeout: float = 6.0
 
 
 @dataclass(slots=True)
