@@ -7,6 +7,7 @@ Docker engine when one answers, else the embedded ones in a directory of the ses
 import contextlib
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from pipeline.infra.embedded import Endpoints
 from pipeline.infra.postgres import migrate
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import ensure_topics
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Ctrl-C reaches what tests start, also where the tests themselves run in the background and ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from pipeline.catalog.files import Drafts, read_account_files, read_price_files
 from pipeline.catalog.publish import Published, publish
 from pipeline.catalog.relay import await_relayed
+from pipeline.core.catalog import EARLY_US, NOTICE_S
 from pipeline.infra.postgres import connect, migrate
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, ensure_topics
@@ -37,7 +38,7 @@ from tests.chaos.services import Services, orphans
 from tests.chaos.watch import Watch
 
 #: From publishing a price to its first event: law 4's 60 s, and the time an outage may hold the relay up.
-_NOTICE = timedelta(seconds=90)
+_NOTICE = timedelta(seconds=NOTICE_S)
 #: Messages that are no usage, per second.
 _RAW_PER_SECOND = 3.0
 _FLOOD_EVENTS = 1500
@@ -122,7 +123,7 @@ class Run:
         )
         self._topics = Topics(self.settings.topic_prefix)
         self._seconds = options.minutes * 60
-        # Within a short run no price published meanwhile would count, but for events ahead of their time: too far.
+        # Within a short run no price published meanwhile would count.
         self._is_short = self._seconds < 2 * _NOTICE.total_seconds()
         without = frozenset({"publish prices"}) if self._is_short else frozenset()
         self._faults = schedule.draw(options.seed, self._seconds, options.faults, without)
@@ -150,7 +151,7 @@ class Run:
                 self.fleet.add(name)
             self._publish_prices()
             self._publish_accounts({name: zone_of(name) for name in ACCOUNTS})
-            # Known before the first event, so that those far ahead of their time get it too.
+            # The second version counts from within the run, however short.
             self._publish_prices()
             if self._problems:
                 raise AssertionError("; ".join(self._problems))
@@ -171,7 +172,6 @@ class Run:
 
     def _new_load(self) -> Load:
         producers = schedule.PRODUCERS
-        notice_s = int(_NOTICE.total_seconds())
         return Load(
             seed=self._options.seed,
             began_us=time.time_ns() // 1000 + 1_000_000,
@@ -179,7 +179,7 @@ class Run:
             sources=producers,
             count=self._options.events // len(producers),
             late_accounts=self._late,
-            ahead_s=2 * notice_s if self._is_short else notice_s // 3,
+            ahead_s=EARLY_US // 1_000_000,
         )
 
     # -- the middle
