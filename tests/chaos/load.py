@@ -53,7 +53,7 @@ class Load:
     count: int
     #: Accounts that the catalog learns of while their usage is coming in.
     late_accounts: tuple[str, ...]
-    #: Clocks run ahead by as much, at most. Beyond what the rater takes at once an event waits, and its repeats may not.
+    #: Clocks run ahead by as much, at most. Beyond what the rater takes at once an event waits; its repeats may not.
     ahead_s: int
 
     def due(self, now_us: int) -> int:
