@@ -93,6 +93,22 @@ def test_parked_events_are_rated_soon_after_their_terms_arrive(deploy: Deploy) -
     assert rater.says("partition_taken") == 1  # without a restart
 
 
+def test_an_event_ahead_of_its_prices_waits_until_no_other_can_be_published_for_it(deploy: Deploy) -> None:
+    """A price counts from 60 s after it was published, a catalog may be 30 s old: further ahead, none is certain."""
+    deployment = deploy(partitions=1)
+    deployment.publish_all()
+    at = time.time_ns() // 1000
+    ahead = event("ahead") | {"timestamp": at + 38_000_000}
+    for one in (ahead, event("now") | {"timestamp": at + 20_000_000}):
+        deployment.send_event(one)
+    deployment.flush()
+    deployment.rater()
+    deployment.wait(lambda: states(deployment) == {"parked": 1, "rated": 1}, "one event parked, the other rated")
+    deployment.wait(lambda: states(deployment) == {"rated": 2}, "its time to be near enough")
+    assert time.time_ns() // 1000 >= at + 8_000_000
+    deployment.check()
+
+
 def test_a_long_line_of_parked_events_does_not_keep_one_waiting(deploy: Deploy) -> None:
     """All wait for an hour; the account that arrives is not the one whose events stand first in line."""
     deployment = deploy(partitions=1, batch_records=20)
