@@ -13,6 +13,15 @@ DataDir = Annotated[
     typer.Option("--data-dir", help="Where embedded services keep their data (default: the user's state directory)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+#: None means the setting; see ``grace_of``.
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="Sequence numbers may be this late before they count as missing (default: TALLY_SEQUENCE_GRACE, 900).",
+    ),
+]
 
 
 def settings_for(data_dir: Path | None = None) -> Settings:
@@ -29,3 +38,8 @@ def settings_for(data_dir: Path | None = None) -> Settings:
             "postgres_dsn": settings.postgres_dsn or found.postgres_dsn_secret,
         }
     )
+
+
+def grace_of(grace: float | None, settings: Settings) -> float:
+    """Seconds that a sequence number may be late: as asked, or as set."""
+    return settings.sequence_grace if grace is None else grace

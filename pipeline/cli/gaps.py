@@ -8,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.context import DataDir, Grace, Json, grace_of, settings_for
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
 from pipeline.core.gaps import Verdict, because, when
 from pipeline.infra.postgres import connect
@@ -31,14 +31,7 @@ def list_(
     accepted: Annotated[
         bool, typer.Option("--accepted", help="What persons accepted, instead of what is open.")
     ] = False,
-    grace: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help="Numbers may be this late before they count as missing (default: TALLY_SEQUENCE_GRACE, 900).",
-        ),
-    ] = None,
+    grace: Grace = None,
     limit: Annotated[int, typer.Option(min=1, help="Most gaps shown.")] = gaps.EXPLAINED_MAX,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -53,8 +46,7 @@ def list_(
             decided = gaps.accepted_gaps(connection, source=source, limit=limit)
             _show_accepted(decided, as_json=as_json)
             return
-        grace_s = settings.sequence_grace if grace is None else grace
-        found = gaps.open_gaps(connection, grace_s=grace_s, source=source, limit=limit)
+        found = gaps.open_gaps(connection, grace_s=grace_of(grace, settings), source=source, limit=limit)
     if as_json:
         emit_json(
             {

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from pipeline.billing.reconcile import Check, Reconciliation
 from pipeline.billing.reconcile import reconcile as run_checks
-from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.context import DataDir, Grace, Json, grace_of, settings_for
 from pipeline.cli.output import EXIT_FINDINGS, emit_json, err, out
 
 
@@ -18,20 +18,13 @@ def register(app: typer.Typer) -> None:
 
 def reconcile(
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers to catch up.")] = 0,
-    grace: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help="Sequence numbers may be this late before they count as missing (default: TALLY_SEQUENCE_GRACE, 900).",
-        ),
-    ] = None,
+    grace: Grace = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Prove that every event that arrived is in one state and every rated row in the money. Exit code 4 if not."""
     settings = settings_for(data_dir)
-    result = run_checks(settings, wait_s=wait, grace_s=settings.sequence_grace if grace is None else grace)
+    result = run_checks(settings, wait_s=wait, grace_s=grace_of(grace, settings))
     if as_json:
         emit_json(as_data(result))
     else:

@@ -118,7 +118,7 @@ def compile_price(charge: Charge) -> Price:
     """
     lines = price_lines(charge)
     if lines is not None:
-        return _price_of(lines)
+        return price_of(lines)
     if charge.package_size is None or charge.package_size <= 0:
         raise ValueError(f"charge {charge.id}: expected a package_size above 0, got {charge.package_size}")
     return _package(_price(charge, charge.package_price, "package_price"), charge.package_size, charge.included)
@@ -175,7 +175,8 @@ def tier_shares(charge: Charge, quantity: Quantity) -> list[Share]:
 # (cost + divisor // 2) // divisor rounds half up.
 
 
-def _price_of(lines: Lines) -> Price:
+def price_of(lines: Lines) -> Price:
+    """What ``compile_price`` gives for a charge whose price is these lines."""
     included, at_zero, bounds, factors, offsets, divisor = lines
     if not bounds:
         (factor,), (offset,) = factors, offsets

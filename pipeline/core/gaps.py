@@ -64,10 +64,12 @@ class Gap:
 
     @property
     def numbers(self) -> str:
-        """``17``, or ``17-40``."""
-        if self.first_missing == self.last_missing:
-            return str(self.first_missing)
-        return f"{self.first_missing}-{self.last_missing}"
+        return numbers(self.first_missing, self.last_missing)
+
+
+def numbers(first: int, last: int) -> str:
+    """A run of sequence numbers, both ends inclusive: ``17``, or ``17-40``."""
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def because(gap: Gap) -> str:

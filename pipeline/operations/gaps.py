@@ -13,7 +13,7 @@ from psycopg import Connection
 from psycopg.rows import class_row, dict_row
 from psycopg.types.json import Jsonb
 
-from pipeline.core.gaps import Cause, Gap, HourTotal, Silence, Verdict
+from pipeline.core.gaps import Cause, Gap, HourTotal, Silence, Verdict, numbers
 
 #: Gaps that are explained in a look before the rest is only counted.
 EXPLAINED_MAX = 20
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     last: int
 
     def __str__(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+        return numbers(self.first, self.last)
 
 
 @dataclass(frozen=True, slots=True)

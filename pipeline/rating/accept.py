@@ -3,7 +3,7 @@
 Judges each record by itself. Age is the broker's append time against the event's own time; no clock is asked.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeline.core.catalog import EARLY_US
@@ -11,12 +11,7 @@ from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, Record, Refused
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
 from pipeline.infra.wire import FRAME_BYTES, Malformed, UnstorableText, read_event
-
-accept_plain: Callable[..., int] | None
-try:
-    from pipeline.rating.fastpath import accept_plain
-except ImportError:  # installed without a C compiler: slower, the same in all else
-    accept_plain = None
+from pipeline.rating import compiled
 
 #: How far an event's time may lie before its arrival (law 5).
 AGE_MAX_US = 35 * 24 * 60 * 60 * 1_000_000
@@ -65,12 +60,12 @@ def accept(
     events: list[Event] = []
     refused: list[Refused] = []
     arrived: list[tuple[bytes, int]] = []
-    homes = _homes.setdefault(partitions, {})
+    homes, fastpath = _homes.setdefault(partitions, {}), compiled.fastpath
     keep = events.append
     at, end = 0, len(records)
     while True:
-        if accept_plain is not None:
-            at = accept_plain(records, at, frames, homes, partition, own_only, _LIMITS, events, arrived)
+        if fastpath is not None:
+            at = fastpath.accept_plain(records, at, frames, homes, partition, own_only, _LIMITS, events, arrived)
         if at == end:
             break
         record = records[at]

@@ -5,7 +5,7 @@ here becomes true only when ``pipeline.rating.commit`` has committed it.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -13,16 +13,11 @@ from typing import NamedTuple, Protocol
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import SEQUENCE_BLOCK, Event, ParkedRecord, Record, Refused
 from pipeline.infra.wire import text, zigzag
+from pipeline.rating import compiled
 from pipeline.rating.accept import accept
 from pipeline.rating.dedupe import dedupe, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
-
-sequence_blocks: Callable[[list[tuple[bytes, int]], int], dict[tuple[bytes, int], int]] | None
-try:
-    from pipeline.rating.fastpath import sequence_blocks
-except ImportError:  # installed without a C compiler: slower, the same in all else
-    sequence_blocks = None
 
 
 class StateFailed(Exception):
@@ -263,8 +258,9 @@ def _sort_out(refused: Iterable[Refused], batch: Batch, outcome: Outcome) -> Non
 
 def _sequence_blocks(arrived: list[tuple[bytes, int]]) -> dict[tuple[bytes, int], int]:
     """Bit maps of the sequence numbers that arrived, per source and block of 1,000; 0 means unknown and is left out."""
-    if sequence_blocks is not None:
-        return sequence_blocks(arrived, SEQUENCE_BLOCK)
+    if compiled.fastpath is not None:
+        found: dict[tuple[bytes, int], int] = compiled.fastpath.sequence_blocks(arrived, SEQUENCE_BLOCK)
+        return found
     by_source: defaultdict[bytes, list[int]] = defaultdict(list)
     for source, sequence in arrived:
         by_source[source].append(sequence)

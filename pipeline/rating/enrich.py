@@ -4,21 +4,15 @@ Terms are looked up once per account, event type and span of time, and kept in t
 functions, and the part of a rated row that never changes, already encoded.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.core.catalog import Catalog, Terms
-from pipeline.core.charges import Charge, Price, compile_price, price_lines
+from pipeline.core.charges import Charge, Price, compile_price, price_lines, price_of
 from pipeline.core.meters import Measure, Meter, compile_measure
 from pipeline.core.reasons import Rejection
 from pipeline.core.usage import Event, Refused
 from pipeline.infra.wire import text, zigzag
-
-enrich_plain: Callable[..., int] | None
-try:
-    from pipeline.rating.fastpath import PlainLines, PlainSum, enrich_plain
-except ImportError:  # installed without a C compiler: slower, the same in all else
-    enrich_plain = None
+from pipeline.rating import compiled
 
 _USAGE = zigzag(0)  # first symbol of EntryKind
 
@@ -61,19 +55,24 @@ class Priced:
 
 def _measure(meter: Meter) -> Measure:
     exact = compile_measure(meter)
-    if enrich_plain is None or meter.aggregation != "sum" or meter.value is None or meter.filters:
+    if compiled.fastpath is None or meter.aggregation != "sum" or meter.value is None or meter.filters:
         return exact
-    return PlainSum(meter.value.encode(), exact)
+    plain: Measure = compiled.fastpath.PlainSum(meter.value.encode(), exact)
+    return plain
 
 
 def _price(charge: Charge) -> Price:
-    exact, lines = compile_price(charge), price_lines(charge)
-    if enrich_plain is None or lines is None:
+    lines = price_lines(charge)
+    if lines is None:
+        return compile_price(charge)
+    exact = price_of(lines)
+    if compiled.fastpath is None:
         return exact
     try:
-        return PlainLines(lines, exact)
+        plain: Price = compiled.fastpath.PlainLines(lines, exact)
     except OverflowError:
         return exact
+    return plain
 
 
 class RatingTerms(NamedTuple):
@@ -115,10 +114,11 @@ def enrich(events: list[Event], view: TermsView) -> tuple[list[tuple[Event, Rati
     known: list[tuple[Event, RatingTerms]] = []
     refused: list[Refused] = []
     find = view.find
+    fastpath = compiled.fastpath
     at, end = 0, len(events)
     while True:
-        if enrich_plain is not None:
-            at = enrich_plain(events, at, view.spans, known)
+        if fastpath is not None:
+            at = fastpath.enrich_plain(events, at, view.spans, known)
         if at == end:
             break
         event = events[at]

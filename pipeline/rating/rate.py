@@ -4,19 +4,13 @@ Rating is a difference (law 3): an event's amount is ``price(after) - price(befo
 An event is rated for all its charges or for none.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, ParkedRecord, Refused
 from pipeline.infra.wire import FRAME_BYTES, decimal, zigzag
+from pipeline.rating import compiled
 from pipeline.rating.enrich import Priced, RatingTerms
-
-rate_plain: Callable[..., int] | None
-try:
-    from pipeline.rating.fastpath import rate_plain
-except ImportError:  # installed without a C compiler: slower, the same in all else
-    rate_plain = None
 
 #: decimal(38, …) of the rated row: one digit more does not fit.
 _FITS = 10**38
@@ -58,13 +52,15 @@ def rate(
     add_row = rows.append
     running = totals.get
     frames, origin_topic, partition, catalog_offset = context
-    origin = origin_topic + partition
+    origin, fastpath = origin_topic + partition, compiled.fastpath
     # Many rows of a batch share their append time: encoded once.
     last_ms, last_ms_bytes = -1, b""
     at, end = 0, len(known)
     while True:
-        if rate_plain is not None:
-            at = rate_plain(known, at, totals, state.quantity, frames, origin, catalog_offset, _FITS, rows, events)
+        if fastpath is not None:
+            at = fastpath.rate_plain(
+                known, at, totals, state.quantity, frames, origin, catalog_offset, _FITS, rows, events
+            )
         if at == end:
             break
         event, terms = known[at]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.rating import accept
+from pipeline.rating import compiled
 from tests.rating.world import without_fastpath
 
 
@@ -13,6 +13,6 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "python":
             without_fastpath(patch)
-        elif accept.accept_plain is None:
+        elif compiled.fastpath is None:
             pytest.skip("installed without a C compiler")
         yield

@@ -22,8 +22,7 @@ from pipeline.core.usage import ParkedRecord
 from pipeline.infra.avro import EVENTS, RATED, frame, load_schemas
 from pipeline.infra.resources import schemas_dir
 from pipeline.infra.topics import partition_of
-from pipeline.rating import accept, enrich, rate
-from pipeline.rating import batch as way
+from pipeline.rating import compiled
 from pipeline.rating.batch import Batch, Outcome, Shape, Source, process
 from pipeline.rating.enrich import TermsView
 
@@ -167,10 +166,7 @@ def view(*items: Account | Contract | Meter | Plan, offset: int = 7) -> TermsVie
 
 def without_fastpath(patch: pytest.MonkeyPatch) -> None:
     """As if Tally had been installed without a C compiler."""
-    patch.setattr(accept, "accept_plain", None)
-    patch.setattr(enrich, "enrich_plain", None)
-    patch.setattr(rate, "rate_plain", None)
-    patch.setattr(way, "sequence_blocks", None)
+    patch.setattr(compiled, "fastpath", None)
 
 
 # -- state and results
