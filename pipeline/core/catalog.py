@@ -1,22 +1,25 @@
 """What was agreed, as of one point of the catalog topic: which terms hold for an event of an account at its time.
 
-Of accounts and contracts the newest version counts. Of meters and plans the version with the greatest ``valid_from``
-not after the event counts; of two with the same, the newer. Contracts of an account are published without overlap;
-should two cover the same time, the lower id counts.
+Of accounts and contracts the newest version counts. Of meters, plans and price lists, and of an account's customer
+segment, the version with the greatest ``valid_from`` not after the event counts; of two with the same, the newer.
+Contracts of an account are published without overlap; should two cover the same time, the lower id counts. A price is
+the plan's, unless a price list says otherwise: that of the customer segment, over it that of the account, over it that
+of the contract's phase.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Generic, Literal, Self, TypeAlias, TypeVar
 
 from pipeline.core.charges import Charge
-from pipeline.core.contracts import Account, Contract
+from pipeline.core.contracts import Account, Contract, Phase
 from pipeline.core.documents import Entry, from_document
 from pipeline.core.meters import Meter
 from pipeline.core.money import Micros
-from pipeline.core.periods import Period, format_instant, month_of
-from pipeline.core.plans import Plan
+from pipeline.core.periods import Period, days_later, format_instant, month_of
+from pipeline.core.plans import Plan, Pool, PriceList, free, overridden
+from pipeline.core.proration import prorated
 from pipeline.core.reasons import Reason, Rejection, Stage
 
 __all__ = ["EARLY_US", "NOTICE_S", "STALE_S", "Catalog", "Entry", "Segment", "Terms"]
@@ -24,14 +27,34 @@ __all__ = ["EARLY_US", "NOTICE_S", "STALE_S", "Catalog", "Entry", "Segment", "Te
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The longest part of a billing period with one contract, plan and price version: ``[start_us, end_us)``."""
+    """The longest part of a billing period with one contract, phase, plan and price version: ``[start_us, end_us)``.
+
+    ``charges`` and ``pools`` are what holds in it: the plan's, with the price lists' overrides, prorated as the plan
+    says, free in a trial. They include charges without a meter (flat fees), which no event pays: the close does.
+    """
 
     account: str
     contract: Contract
+    #: As published: for its id, version, name and currency. Prices are those of ``charges``.
     plan: Plan
     period: Period
     start_us: Micros
     end_us: Micros
+    charges: tuple[Charge, ...]
+    pools: tuple[Pool, ...] = ()
+    #: Those that override, from the weakest (customer segment) to the strongest (the contract's phase).
+    price_lists: tuple[PriceList, ...] = ()
+    trial: bool = False
+
+    @property
+    def price_version(self) -> str:
+        """Names all that prices: ``standard@3``, ``standard@3+education@1+acme@2``, ``standard@3+trial``."""
+        lists = [f"{price_list.id}@{price_list.version}" for price_list in self.price_lists]
+        return "+".join([f"{self.plan.id}@{self.plan.version}", *(["trial"] if self.trial else lists)])
+
+    def pool_of(self, charge: str) -> Pool | None:
+        """The pool a charge draws from."""
+        return next((pool for pool in self.pools if charge in pool.charges), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +77,7 @@ EARLY_US: Micros = (NOTICE_S - STALE_S) * 1_000_000
 #: After every instant.
 _NEVER: Micros = 2**63 - 1
 
-V = TypeVar("V", Meter, Plan)
+V = TypeVar("V", Account, Meter, Plan, PriceList)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +98,10 @@ class _Timeline(Generic[V]):
         return self.starts[index] if index < len(self.starts) else _NEVER
 
 
+#: Whom price lists hold for: a plan, and a customer segment or an account of it.
+_Scope: TypeAlias = tuple[str, Literal["segment", "account"], str]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Catalog:
     """An immutable snapshot of all entries below an offset of the catalog topic, made by ``extend`` from ``empty``."""
@@ -83,13 +110,18 @@ class Catalog:
     offset: int
     accounts: Mapping[str, Account]
     contracts: Mapping[str, Contract]
+    #: From an alias to the account's id.
+    aliases: Mapping[str, str]
     _contracts_of: Mapping[str, tuple[Contract, ...]]  # an account's contracts, in order of their ids
+    _accounts: Mapping[str, _Timeline[Account]]  # for what of an account counts from a time on
     _meters: Mapping[str, _Timeline[Meter]]
     _plans: Mapping[str, _Timeline[Plan]]
+    _price_lists: Mapping[str, _Timeline[PriceList]]
+    _lists_for: Mapping[_Scope, tuple[str, ...]]  # ids of the lists with a version for it, in order
 
     @classmethod
     def empty(cls) -> Self:
-        return cls(0, {}, {}, {}, {}, {})
+        return cls(0, {}, {}, {}, {}, {}, {}, {}, {}, {})
 
     def extend(self, entries: Iterable[Entry], offset: int) -> Self:
         """A new snapshot with more entries, read up to ``offset``. An entry that is there already changes nothing.
@@ -97,12 +129,14 @@ class Catalog:
         Raises ValueError for an entry this program cannot read; the snapshot at hand stays as it is.
         """
         accounts, contracts = dict(self.accounts), dict(self.contracts)
-        meters, plans = dict(self._meters), dict(self._plans)
+        account_versions, meters = dict(self._accounts), dict(self._meters)
+        plans, price_lists = dict(self._plans), dict(self._price_lists)
         regroup: set[str] = set()
         for entry in entries:
             match from_document(entry):
                 case Account() as account:
                     _keep_newest(accounts, account)
+                    account_versions[account.id] = _with_version(account_versions.get(account.id), account)
                 case Contract() as contract:
                     regroup |= {contract.account, contracts.get(contract.id, contract).account}
                     _keep_newest(contracts, contract)
@@ -110,52 +144,52 @@ class Catalog:
                     meters[meter.id] = _with_version(meters.get(meter.id), meter)
                 case Plan() as plan:
                     plans[plan.id] = _with_version(plans.get(plan.id), plan)
+                case PriceList() as price_list:
+                    price_lists[price_list.id] = _with_version(price_lists.get(price_list.id), price_list)
         contracts_of = {**self._contracts_of, **dict.fromkeys(regroup, ())}
         for contract in sorted((c for c in contracts.values() if c.account in regroup), key=lambda c: c.id):
             contracts_of[contract.account] += (contract,)
-        return type(self)(offset, accounts, contracts, contracts_of, meters, plans)
+        return type(self)(
+            offset,
+            accounts,
+            contracts,
+            _by_alias(accounts),
+            contracts_of,
+            account_versions,
+            meters,
+            plans,
+            price_lists,
+            _by_scope(price_lists),
+        )
+
+    def meter(self, id: str, at_us: Micros) -> Meter | None:
+        """The version of a meter that counts at a time, if one does."""
+        timeline = self._meters.get(id)
+        found = timeline.at(at_us) if timeline else None
+        return found[0] if found else None
 
     def terms(self, account: str, event_type: str, at_us: Micros) -> Terms | Rejection:
         """The terms for an event of this account and type at this time, and for how long around it they hold.
 
-        Rejections, all of stage ``enrich``: unknown_account, no_contract (none covers the time and none ended before),
-        contract_ended, no_price (the plan or one of its meters is not known, or no version of the plan counts yet),
-        no_charge (no charge of the plan meters this type of event).
+        Rejections, all of stage ``enrich``: unknown_account (an alias is none: usage carries the id), no_contract (none
+        covers the time and none ended before), contract_ended, no_price (the plan, one of its meters or the phase's
+        price list is not known, no version of the plan counts yet, or a price list does not fit the plan), no_charge
+        (no charge of the plan meters this type of event).
 
         Raises OverflowError for a time outside the years 1 to 9999.
         """
-        known = self.accounts.get(account)
-        if known is None:
-            return _refused(Reason.UNKNOWN_ACCOUNT, f"expected an account of the catalog, got {account!r}")
-        contracts = self._contracts_of.get(account, ())
-        in_force = _in_force(contracts, at_us)
-        if in_force is None:
-            return _no_contract(account, contracts, at_us)
-        contract, contract_start, contract_end = in_force
-        timeline = self._plans.get(contract.plan)
-        counting = timeline.at(at_us) if timeline else None
-        if counting is None:
-            return _refused(
-                Reason.NO_PRICE, f"expected a version of plan {contract.plan!r} at {format_instant(at_us)}, got none"
-            )
-        plan, plan_start, plan_end = counting
-        period = month_of(at_us, known.time_zone)
-        segment = Segment(
-            account,
-            contract,
-            plan,
-            period,
-            max(period.start_us, contract_start, plan_start),
-            min(period.end_us, contract_end, plan_end),
-        )
+        segment = self.segment(account, at_us)
+        if isinstance(segment, Rejection):
+            return segment
         priced: list[tuple[Charge, Meter]] = []
         start, end = segment.start_us, segment.end_us
-        for charge in plan.charges:
+        for charge in segment.charges:
+            if charge.meter is None:
+                continue
             meters = self._meters.get(charge.meter)
             if meters is None:
-                return _refused(
-                    Reason.NO_PRICE, f"expected meter {charge.meter!r} of plan {plan.id!r} in the catalog, got none"
-                )
+                wanted = f"meter {charge.meter!r} of plan {segment.plan.id!r}"
+                return _refused(Reason.NO_PRICE, f"expected {wanted} in the catalog, got none")
             measured = meters.at(at_us)
             if measured is None:  # the charge begins to count with its meter
                 end = min(end, meters.next_start(at_us))
@@ -165,11 +199,113 @@ class Catalog:
             if meter.event_type == event_type:
                 priced.append((charge, meter))
         if not priced:
+            plan = segment.plan
             return _refused(
                 Reason.NO_CHARGE,
                 f"expected an event type that plan {plan.id!r} version {plan.version} charges, got {event_type!r}",
             )
         return Terms(segment, tuple(priced), start, end)
+
+    def segments(self, account: str, start_us: Micros, end_us: Micros) -> tuple[Segment, ...]:
+        """The segments of an account that meet ``[start_us, end_us)``, in order of time; none where nothing holds.
+
+        Raises OverflowError for a time outside the years 1 to 9999.
+        """
+        found: list[Segment] = []
+        at_us = start_us
+        while at_us < end_us:
+            segment = self.segment(account, at_us)
+            if isinstance(segment, Rejection):
+                at_us = self._next_start(account, at_us)
+            else:
+                found.append(segment)
+                at_us = segment.end_us
+        return tuple(found)
+
+    def segment(self, account: str, at_us: Micros) -> Segment | Rejection:
+        """The segment of an account that holds the instant, with the prices in it. Rejections as for ``terms``.
+
+        Raises OverflowError for a time outside the years 1 to 9999.
+        """
+        known = self.accounts.get(account)
+        if known is None:
+            return self._unknown(account)
+        contracts = self._contracts_of.get(account, ())
+        in_force = _in_force(contracts, at_us)
+        if in_force is None:
+            return _no_contract(account, contracts, at_us)
+        contract, *span = in_force
+        phase, *phase_span = _phase_at(contract, at_us)
+        timeline = self._plans.get(phase.plan)
+        counting = timeline.at(at_us) if timeline else None
+        if timeline is None or counting is None:
+            return _refused(
+                Reason.NO_PRICE, f"expected a version of plan {phase.plan!r} at {format_instant(at_us)}, got none"
+            )
+        plan, *plan_span = counting
+        trial, *trial_span = _trial(contract, phase, timeline, at_us, known.time_zone)
+        listed = self._lists(known, phase, at_us)
+        if isinstance(listed, Rejection):
+            return listed
+        price_lists, *lists_span = listed
+        period = month_of(at_us, known.time_zone)
+        spans = (span, phase_span, plan_span, trial_span, lists_span, (period.start_us, period.end_us))
+        start_us, end_us = max(start for start, _ in spans), min(end for _, end in spans)
+        charges, pools = plan.charges, plan.pools
+        if trial:
+            charges, pools = tuple(map(free, charges)), ()
+        else:
+            try:
+                charges, pools = overridden(plan, price_lists)
+            except ValueError as error:
+                return _refused(Reason.NO_PRICE, f"expected price lists that fit plan {plan.id!r}: {error}")
+            charges, pools = prorated(charges, pools, plan.prorate, period, start_us, end_us)
+        return Segment(account, contract, plan, period, start_us, end_us, charges, pools, price_lists, trial)
+
+    def _lists(
+        self, account: Account, phase: Phase, at_us: Micros
+    ) -> tuple[tuple[PriceList, ...], Micros, Micros] | Rejection:
+        """The price lists that hold for a phase of an account, the weakest first; from when and until when they do."""
+        start, end = -_NEVER, _NEVER
+        ids: list[str] = []
+        dated = self._accounts[account.id].at(at_us)
+        if dated is None:
+            end = min(end, self._accounts[account.id].next_start(at_us))
+        else:
+            counting, since, until = dated
+            start, end = max(start, since), min(end, until)
+            if counting.customer_segment is not None:
+                ids += self._lists_for.get((phase.plan, "segment", counting.customer_segment), ())
+        ids += self._lists_for.get((phase.plan, "account", account.id), ())
+        if phase.price_list is not None:
+            if phase.price_list not in self._price_lists:
+                return _refused(Reason.NO_PRICE, f"expected price list {phase.price_list!r} in the catalog, got none")
+            ids.append(phase.price_list)
+        holding: list[PriceList] = []
+        for id in dict.fromkeys(ids):
+            timeline = self._price_lists[id]
+            found = timeline.at(at_us)
+            if found is None:
+                end = min(end, timeline.next_start(at_us))
+                continue
+            price_list, since, until = found
+            start, end = max(start, since), min(end, until)
+            if price_list.plan == phase.plan and (price_list.overrides or price_list.pools):
+                holding.append(price_list)
+        return tuple(holding), start, end
+
+    def _next_start(self, account: str, at_us: Micros) -> Micros:
+        """When next, after a time without terms, something begins that there could be terms with."""
+        phases = [phase for contract in self._contracts_of.get(account, ()) for phase in contract.phases]
+        starts = [phase.start_us for phase in phases if phase.start_us > at_us]
+        starts += [self._plans[phase.plan].next_start(at_us) for phase in phases if phase.plan in self._plans]
+        starts += [timeline.next_start(at_us) for timeline in self._price_lists.values()]
+        return min(starts, default=_NEVER)
+
+    def _unknown(self, account: str) -> Rejection:
+        owner = self.aliases.get(account)
+        hint = "" if owner is None else f", an alias of {owner!r}: send usage under the account's id"
+        return _refused(Reason.UNKNOWN_ACCOUNT, f"expected an account of the catalog, got {account!r}{hint}")
 
 
 N = TypeVar("N", Account, Contract)
@@ -179,6 +315,21 @@ def _keep_newest(items: dict[str, N], item: N) -> None:
     known = items.get(item.id)
     if known is None or known.version <= item.version:
         items[item.id] = item
+
+
+def _by_alias(accounts: Mapping[str, Account]) -> dict[str, str]:
+    return {alias: account.id for account in accounts.values() for alias in account.aliases}
+
+
+def _by_scope(price_lists: Mapping[str, _Timeline[PriceList]]) -> dict[_Scope, tuple[str, ...]]:
+    found: dict[_Scope, set[str]] = {}
+    for timeline in price_lists.values():
+        for price_list in timeline.versions:
+            if price_list.customer_segment is not None:
+                found.setdefault((price_list.plan, "segment", price_list.customer_segment), set()).add(price_list.id)
+            if price_list.account is not None:
+                found.setdefault((price_list.plan, "account", price_list.account), set()).add(price_list.id)
+    return {scope: tuple(sorted(ids)) for scope, ids in found.items()}
 
 
 def _with_version(timeline: _Timeline[V] | None, version: V) -> _Timeline[V]:
@@ -204,6 +355,28 @@ def _in_force(contracts: tuple[Contract, ...], at_us: Micros) -> tuple[Contract,
         else:
             start = max(start, contract_end)
     return None
+
+
+def _phase_at(contract: Contract, at_us: Micros) -> tuple[Phase, Micros, Micros]:
+    """The phase of a contract that counts at a time within it, from when and until when."""
+    phases = contract.phases
+    starts = [phase.start_us for phase in phases]
+    index = bisect_right(starts, at_us) - 1
+    return phases[index], starts[index], starts[index + 1] if index + 1 < len(phases) else _NEVER
+
+
+def _trial(
+    contract: Contract, phase: Phase, plan: _Timeline[Plan], at_us: Micros, time_zone: str
+) -> tuple[bool, Micros, Micros]:
+    """Whether a time lies in a phase's trial, from when and until when that answer holds."""
+    days = phase.trial_days
+    if days is None:
+        first = plan.at(phase.start_us) if phase.start_us == contract.start_us else None
+        days = first[0].trial_days if first else 0
+    if not days:
+        return False, -_NEVER, _NEVER
+    end_us = days_later(phase.start_us, days, time_zone)
+    return (True, -_NEVER, end_us) if at_us < end_us else (False, end_us, _NEVER)
 
 
 def _no_contract(account: str, contracts: tuple[Contract, ...], at_us: Micros) -> Rejection:

@@ -7,12 +7,36 @@ from pipeline.core.money import Micros
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A customer. Billing periods are calendar months of its IANA time zone."""
+    """A customer. Billing periods are calendar months of its IANA time zone.
+
+    Its newest version counts for all times, but for ``customer_segment``: that counts from the version's valid_from.
+    Usage carries the account's id; ``aliases`` are its names in other systems, for people and for what sends usage.
+    """
 
     id: str
     version: int
     name: str
     time_zone: str
+    #: Which price lists hold besides those of the account's own: "education", "startup".
+    customer_segment: str | None = None
+    #: The account this one belongs to. Prices do not pass from one to the other.
+    parent: str | None = None
+    aliases: tuple[str, ...] = ()
+    #: From when ``customer_segment`` counts, by event time.
+    valid_from_us: Micros = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a contract, from start_us until the next phase or the contract's end: a step of a ramp."""
+
+    start_us: Micros
+    plan: str
+    #: A price list for this phase, over those of the customer segment and the account.
+    price_list: str | None = None
+    #: Calendar days, in the billing time zone, at the phase's start in which everything is free. None: as many as the
+    #: plan grants where the phase is the contract's first, else none.
+    trial_days: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +46,21 @@ class Contract:
     id: str
     version: int
     account: str
+    #: The plan of the first phase.
     plan: str
     start_us: Micros
     end_us: Micros | None
+    price_list: str | None = None
+    trial_days: int | None = None
+    #: Who sells: the company of ours that invoices. One per contract; "" where there is only one.
+    legal_entity: str = ""
+    #: The phases after the first, by ascending start, all within the contract.
+    later_phases: tuple[Phase, ...] = ()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Every phase, the first included."""
+        return (Phase(self.start_us, self.plan, self.price_list, self.trial_days), *self.later_phases)
 
     def covers(self, at_us: Micros) -> bool:
         return self.start_us <= at_us and (self.end_us is None or at_us < self.end_us)

@@ -1,30 +1,39 @@
-"""The catalog's items as documents: what is stored, sent and compared. Numbers are strings, exact; times ISO 8601."""
+"""The catalog's items as documents: what is stored, sent and compared. Numbers are strings, exact; times ISO 8601.
+
+Each class has one table of its fields, which writes and reads. A field that came later is written only where it is not
+the default: documents from before stay readable, and what did not change stays equal.
+"""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from zoneinfo import ZoneInfo
 
-from pipeline.core.charges import Charge, Tier, compile_price
-from pipeline.core.contracts import Account, Contract
-from pipeline.core.meters import Filter, Meter, compile_measure
-from pipeline.core.money import (
-    QUANTITY_DECIMALS,
-    Micros,
-    Quantity,
-    minor_units,
-    plain,
-    quantity_decimal,
-    scaled,
+from pipeline.core.charges import Beyond, Bound, Cell, Charge, Model, Tier, check_charge
+from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.meters import (
+    Aggregation,
+    Conversion,
+    Filter,
+    Meter,
+    Operator,
+    Rounding,
+    RoundingMode,
+    TimeUnit,
+    compile_measure,
 )
+from pipeline.core.money import QUANTITY_DECIMALS, Micros, minor_units, plain, quantity_decimal, scaled
 from pipeline.core.periods import format_instant, parse_instant
-from pipeline.core.plans import Plan
+from pipeline.core.plans import Override, Plan, Pool, PoolOverride, PriceList, Prorate
 
-Kind: TypeAlias = Literal["account", "contract", "meter", "plan"]
+Kind: TypeAlias = Literal["account", "contract", "meter", "plan", "price_list"]
 Document: TypeAlias = Mapping[str, Any]
-Item: TypeAlias = Account | Contract | Meter | Plan
+Item: TypeAlias = Account | Contract | Meter | Plan | PriceList
+
+#: Kinds whose versions count from a time on, by event time; of the others the newest version counts.
+DATED: tuple[Kind, ...] = ("meter", "plan", "price_list")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +53,15 @@ def canonical_json(document: Document) -> str:
 
 
 def from_document(entry: Entry) -> Item:
-    """The account, contract, meter or plan an entry holds.
+    """The item an entry holds.
 
     Raises ValueError where it is not exactly what this version of the program writes: an unknown field may change a
     price, so it is never passed over.
     """
+    cls = _CLASSES[entry.kind]
+    dated = {} if cls is Contract else {"valid_from_us": entry.valid_from_us}
     try:
-        fields = _Fields(entry.document)
-        item = _read(entry, fields)
-        fields.end()
+        item: Item = _read(cls, entry.document, id=entry.id, version=entry.version, **dated)
         _check(item)
     except (ValueError, KeyError, TypeError, InvalidOperation) as error:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
@@ -62,57 +71,11 @@ def from_document(entry: Entry) -> Item:
 
 def to_document(item: Item) -> dict[str, Any]:
     """The item as JSON-ready data: equal items, equal data. Id, version and valid_from stand beside it in the entry."""
-    match item:
-        case Account():
-            return {"name": item.name, "time_zone": item.time_zone}
-        case Contract():
-            end = None if item.end_us is None else format_instant(item.end_us)
-            return {"account": item.account, "plan": item.plan, "start": format_instant(item.start_us), "end": end}
-        case Meter():
-            return {
-                "event_type": item.event_type,
-                "aggregation": item.aggregation,
-                "value": item.value,
-                "unit": item.unit,
-                "filters": [{"property": f.property, "values": list(f.values)} for f in item.filters],
-                "allow_negative": item.allow_negative,
-            }
-        case Plan():
-            return {
-                "name": item.name,
-                "currency": item.currency,
-                "charges": [_charge_document(charge) for charge in item.charges],
-            }
+    return _write(item)
 
 
 def kind_of(item: Item) -> Kind:
-    match item:
-        case Account():
-            return "account"
-        case Contract():
-            return "contract"
-        case Meter():
-            return "meter"
-        case Plan():
-            return "plan"
-
-
-def _charge_document(charge: Charge) -> dict[str, Any]:
-    return {
-        "id": charge.id,
-        "meter": charge.meter,
-        "model": charge.model,
-        "unit_price": _price_text(charge.unit_price),
-        "tiers": [
-            {"up_to": _quantity_text(t.up_to), "unit_price": plain(t.unit_price), "flat": plain(t.flat)}
-            for t in charge.tiers
-        ],
-        "package_size": _quantity_text(charge.package_size),
-        "package_price": _price_text(charge.package_price),
-        "included": _quantity_text(charge.included),
-        "references": list(charge.references),
-        "flat_on_zero": charge.flat_on_zero,
-    }
+    return _KINDS[type(item)]
 
 
 def _check(item: Item) -> None:
@@ -125,42 +88,25 @@ def _check(item: Item) -> None:
         case Plan():
             minor_units(item.currency)
             for charge in item.charges:
-                compile_price(charge)
+                check_charge(charge)
+        case PriceList():
+            minor_units(item.currency)
 
 
-class _Fields:
-    """Takes the fields of a document one by one and refuses what is left over."""
+# Fields: how a value stands in a document, and how it is read from there --------------------------------------------
 
-    def __init__(self, document: Document) -> None:
-        self._left = dict(document)
 
-    def text(self, name: str) -> str:
-        return _expect(self._left.pop(name), str, name)
+class _Field(NamedTuple):
+    """A field of a document. ``read`` gets its value and name; it raises ValueError for what it cannot take."""
 
-    def optional_text(self, name: str) -> str | None:
-        value = self._left.pop(name)
-        return None if value is None else _expect(value, str, name)
+    attribute: str
+    write: Callable[[Any], Any]
+    read: Callable[[Any, str], Any]
+    #: Written whatever its value, and missed where absent; else absent is the default of the class.
+    always: bool = False
 
-    def flag(self, name: str) -> bool:
-        return _expect(self._left.pop(name), bool, name)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        return tuple(_expect(value, str, name) for value in _expect(self._left.pop(name), list, name))
-
-    def parts(self, name: str) -> list["_Fields"]:
-        return [_Fields(_expect(part, dict, name)) for part in _expect(self._left.pop(name), list, name)]
-
-    def price(self, name: str) -> Decimal | None:
-        text = self.optional_text(name)
-        return None if text is None else Decimal(text)
-
-    def quantity(self, name: str) -> Quantity | None:
-        text = self.optional_text(name)
-        return None if text is None else scaled(Decimal(text), QUANTITY_DECIMALS)
-
-    def end(self) -> None:
-        if self._left:
-            raise ValueError(f"unknown fields {sorted(self._left)}: written by a newer version?")
+    def required(self) -> "_Field":
+        return self._replace(always=True)
 
 
 T = TypeVar("T")
@@ -172,91 +118,251 @@ def _expect(value: object, expected: type[T], name: str) -> T:
     return value
 
 
-def _read_account(entry: Entry, fields: _Fields) -> Account:
-    return Account(entry.id, entry.version, fields.text("name"), fields.text("time_zone"))
+def _same(value: T) -> T:
+    return value
 
 
-def _read_contract(entry: Entry, fields: _Fields) -> Contract:
-    end = fields.optional_text("end")
-    return Contract(
-        entry.id,
-        entry.version,
-        fields.text("account"),
-        fields.text("plan"),
-        parse_instant(fields.text("start")),
-        None if end is None else parse_instant(end),
+def _text(attribute: str) -> _Field:
+    return _Field(attribute, _same, lambda value, name: _expect(value, str, name))
+
+
+def _flag(attribute: str) -> _Field:
+    return _Field(attribute, _same, lambda value, name: _expect(value, bool, name))
+
+
+def _count(attribute: str) -> _Field:
+    return _optional(_Field(attribute, _same, lambda value, name: _expect(value, int, name)))
+
+
+def _word(attribute: str, words: Any) -> _Field:
+    """One of the words of a Literal."""
+    known: tuple[str, ...] = get_args(words)
+
+    def read(value: Any, name: str) -> str:
+        if value not in known:
+            raise ValueError(f"expected {name} {' or '.join([', '.join(known[:-1]), known[-1]])}, got {value!r}")
+        return str(value)
+
+    return _Field(attribute, _same, read)
+
+
+def _texts(attribute: str) -> _Field:
+    return _Field(
+        attribute,
+        list,
+        lambda value, name: tuple(_expect(part, str, name) for part in _expect(value, list, name)),
     )
 
 
-def _read_meter(entry: Entry, fields: _Fields) -> Meter:
-    aggregation = fields.text("aggregation")
-    if aggregation not in ("sum", "count"):
-        raise ValueError(f"expected aggregation sum or count, got {aggregation!r}")
-    filters = []
-    for part in fields.parts("filters"):
-        filters.append(Filter(part.text("property"), part.texts("values")))
-        part.end()
-    return Meter(
-        entry.id,
-        entry.version,
-        fields.text("event_type"),
-        cast(Literal["sum", "count"], aggregation),
-        fields.optional_text("value"),
-        fields.text("unit"),
-        tuple(filters),
-        fields.flag("allow_negative"),
-        entry.valid_from_us,
+def _price(attribute: str) -> _Field:
+    return _optional(_Field(attribute, plain, lambda value, name: Decimal(_expect(value, str, name))))
+
+
+def _quantity(attribute: str) -> _Field:
+    return _optional(
+        _Field(
+            attribute,
+            lambda quantity: plain(quantity_decimal(quantity)),
+            lambda value, name: scaled(Decimal(_expect(value, str, name)), QUANTITY_DECIMALS),
+        )
     )
 
 
-def _read_plan(entry: Entry, fields: _Fields) -> Plan:
-    charges = []
-    for part in fields.parts("charges"):
-        charges.append(_read_charge(part))
-        part.end()
-    return Plan(
-        entry.id, entry.version, fields.text("name"), fields.text("currency"), entry.valid_from_us, tuple(charges)
+def _instant(attribute: str) -> _Field:
+    return _Field(attribute, format_instant, lambda value, name: parse_instant(_expect(value, str, name)))
+
+
+def _write(item: Any) -> dict[str, Any]:
+    defaults, document = _DEFAULTS[type(item)], {}
+    for name, field in _TABLES[type(item)].items():
+        value = getattr(item, field.attribute)
+        if field.always or value != defaults[field.attribute]:
+            document[name] = field.write(value)
+    return document
+
+
+def _read(cls: type[T], document: Document, **known: Any) -> T:
+    left = dict(document)
+    for name, field in _TABLES[cls].items():
+        if name in left or field.always:
+            known[field.attribute] = field.read(left.pop(name), name)
+    if left:
+        raise ValueError(f"unknown fields {sorted(left)}: written by a newer version?")
+    return cls(**known)
+
+
+def _items(attribute: str, cls: type[Any]) -> _Field:
+    """A list of nested documents."""
+    return _Field(
+        attribute,
+        lambda items: [_write(item) for item in items],
+        lambda value, name: tuple(_read(cls, _expect(part, dict, name)) for part in _expect(value, list, name)),
     )
 
 
-def _read_charge(fields: _Fields) -> Charge:
-    model = fields.text("model")
-    if model not in ("per_unit", "graduated", "volume", "package"):
-        raise ValueError(f"expected model per_unit, graduated, volume or package, got {model!r}")
-    tiers = []
-    for part in fields.parts("tiers"):
-        up_to = part.quantity("up_to")
-        tiers.append(Tier(up_to, Decimal(part.text("unit_price")), Decimal(part.text("flat"))))
-        part.end()
-    return Charge(
-        id=fields.text("id"),
-        meter=fields.text("meter"),
-        model=cast(Literal["per_unit", "graduated", "volume", "package"], model),
-        unit_price=fields.price("unit_price"),
-        tiers=tuple(tiers),
-        package_size=fields.quantity("package_size"),
-        package_price=fields.price("package_price"),
-        included=scaled(Decimal(fields.text("included")), QUANTITY_DECIMALS),
-        references=fields.texts("references"),
-        flat_on_zero=fields.flag("flat_on_zero"),
+def _item(attribute: str, cls: type[Any]) -> _Field:
+    """One nested document, or none."""
+    return _optional(_Field(attribute, _write, lambda value, name: _read(cls, _expect(value, dict, name))))
+
+
+def _optional(field: _Field) -> _Field:
+    """The field where null stands for None."""
+    return field._replace(
+        write=lambda value: None if value is None else field.write(value),
+        read=lambda value, name: None if value is None else field.read(value, name),
     )
 
 
-def _read(entry: Entry, fields: _Fields) -> Item:
-    match entry.kind:
-        case "account":
-            return _read_account(entry, fields)
-        case "contract":
-            return _read_contract(entry, fields)
-        case "meter":
-            return _read_meter(entry, fields)
-        case "plan":
-            return _read_plan(entry, fields)
+def _write_override(override: Override) -> dict[str, Any]:
+    table = _TABLES[Charge]
+    return {"charge": override.charge, **{name: table[name].write(value) for name, value in override.changes}}
 
 
-def _quantity_text(quantity: Quantity | None) -> str | None:
-    return None if quantity is None else plain(quantity_decimal(quantity))
+def _read_override(value: Any, name: str) -> Override:
+    left = dict(_expect(value, dict, name))
+    charge = _expect(left.pop("charge"), str, "charge")
+    table = {name: field for name, field in _TABLES[Charge].items() if name not in ("id", "meter")}
+    if unknown := sorted(left.keys() - table.keys()):
+        raise ValueError(f"unknown fields {unknown}: written by a newer version?")
+    return Override(charge, tuple(sorted((name, table[name].read(part, name)) for name, part in left.items())))
 
 
-def _price_text(price: Decimal | None) -> str | None:
-    return None if price is None else plain(price)
+# Tables: the fields of each class, by their names in the document ---------------------------------------------------
+
+_TABLES: dict[type[Any], dict[str, _Field]] = {
+    Account: {
+        "name": _text("name").required(),
+        "time_zone": _text("time_zone").required(),
+        "customer_segment": _optional(_text("customer_segment")),
+        "parent": _optional(_text("parent")),
+        "aliases": _texts("aliases"),
+    },
+    Phase: {
+        "start": _instant("start_us").required(),
+        "plan": _text("plan").required(),
+        "price_list": _optional(_text("price_list")),
+        "trial_days": _count("trial_days"),
+    },
+    Contract: {
+        "account": _text("account").required(),
+        "plan": _text("plan").required(),
+        "start": _instant("start_us").required(),
+        "end": _optional(_instant("end_us")).required(),
+        "price_list": _optional(_text("price_list")),
+        "trial_days": _count("trial_days"),
+        "legal_entity": _text("legal_entity"),
+        "later_phases": _items("later_phases", Phase),
+    },
+    Filter: {
+        "property": _text("property").required(),
+        "values": _texts("values").required(),
+        "operator": _word("operator", Operator),
+    },
+    Conversion: {
+        "multiply": _price("multiply"),
+        "divide": _price("divide"),
+    },
+    Rounding: {
+        "mode": _word("mode", RoundingMode).required(),
+        "step": _quantity("step"),
+    },
+    Meter: {
+        "event_type": _text("event_type").required(),
+        "aggregation": _word("aggregation", Aggregation).required(),
+        "value": _optional(_text("value")).required(),
+        "unit": _text("unit").required(),
+        "filters": _items("filters", Filter).required(),
+        "allow_negative": _flag("allow_negative").required(),
+        "expression": _optional(_text("expression")),
+        "convert": _item("convert", Conversion),
+        "rounding": _item("rounding", Rounding),
+        "derived_per": _word("derived_per", Literal["event", "total"]),
+        "level": _word("level", Literal["set", "add"]),
+        "time_unit": _optional(_word("time_unit", TimeUnit)),
+        "carries_over": _flag("carries_over"),
+        "dimensions": _texts("dimensions"),
+    },
+    Tier: {
+        "up_to": _quantity("up_to").required(),
+        "unit_price": _price("unit_price").required(),
+        "flat": _price("flat").required(),
+        "rate": _price("rate"),
+        "cap": _price("cap"),
+    },
+    Cell: {
+        "values": _texts("values").required(),
+        "unit_price": _price("unit_price").required(),
+    },
+    Charge: {
+        "id": _text("id").required(),
+        "meter": _optional(_text("meter")).required(),
+        "model": _word("model", Model).required(),
+        "unit_price": _price("unit_price").required(),
+        "tiers": _items("tiers", Tier).required(),
+        "package_size": _quantity("package_size").required(),
+        "package_price": _price("package_price").required(),
+        "included": _quantity("included").required(),
+        "references": _texts("references").required(),
+        "flat_on_zero": _flag("flat_on_zero").required(),
+        "by": _texts("by"),
+        "per_subject": _flag("per_subject"),
+        "cells": _items("cells", Cell),
+        "rate": _price("rate"),
+        "fixed": _price("fixed"),
+        "free_events": _count("free_events"),
+        "free_amount": _quantity("free_amount"),
+        "event_minimum": _price("event_minimum"),
+        "event_maximum": _price("event_maximum"),
+        "multiplier": _price("multiplier"),
+        "amount_property": _optional(_text("amount_property")),
+        "minimum": _price("minimum"),
+        "maximum": _price("maximum"),
+        "beyond": _optional(_word("beyond", Beyond)),
+        "bound": _word("bound", Bound),
+        "min_packages": _count("min_packages"),
+        "in_advance": _flag("in_advance"),
+        "quantity": _quantity("quantity"),
+        "per_level": _flag("per_level"),
+        "prorate": _flag("prorate"),
+    },
+    Pool: {
+        "id": _text("id").required(),
+        "unit": _text("unit").required(),
+        "included": _quantity("included").required(),
+        "charges": _texts("charges").required(),
+    },
+    Plan: {
+        "name": _text("name").required(),
+        "currency": _text("currency").required(),
+        "charges": _items("charges", Charge).required(),
+        "pools": _items("pools", Pool),
+        "prorate": _word("prorate", Prorate),
+        "trial_days": _count("trial_days"),
+    },
+    PoolOverride: {
+        "pool": _text("pool").required(),
+        "included": _quantity("included").required(),
+    },
+    PriceList: {
+        "name": _text("name").required(),
+        "plan": _text("plan").required(),
+        "currency": _text("currency").required(),
+        "overrides": _Field(
+            "overrides",
+            lambda overrides: [_write_override(override) for override in overrides],
+            lambda value, name: tuple(_read_override(part, name) for part in _expect(value, list, name)),
+        ).required(),
+        "pools": _items("pools", PoolOverride),
+        "customer_segment": _optional(_text("customer_segment")),
+        "account": _optional(_text("account")),
+    },
+}
+_CLASSES: dict[Kind, type[Item]] = {
+    "account": Account,
+    "contract": Contract,
+    "meter": Meter,
+    "plan": Plan,
+    "price_list": PriceList,
+}
+_KINDS: dict[type[Item], Kind] = {cls: kind for kind, cls in _CLASSES.items()}
+_DEFAULTS = {cls: {field.name: field.default for field in fields(cls)} for cls in _TABLES}

@@ -70,6 +70,15 @@ def local_midnight(year: int, month: int, day: int, zone: ZoneInfo) -> Micros:
     return to_micros(datetime(year, month, day, tzinfo=zone, fold=0).astimezone(UTC))
 
 
+def days_later(at_us: Micros, days: int, time_zone: str) -> Micros:
+    """The same time of day so many calendar days later, in an IANA time zone; skipped and ambiguous times as above.
+
+    Raises zoneinfo.ZoneInfoNotFoundError for an unknown zone, OverflowError outside the years 1 to 9999.
+    """
+    local = to_datetime(at_us).astimezone(ZoneInfo(time_zone)) + timedelta(days=days)
+    return to_micros(local.replace(fold=0).astimezone(UTC))
+
+
 def _month_start(month: int, zone: ZoneInfo) -> Micros:
     """Start of a month counted from year 0."""
     if month >= 12 * 10_000:

@@ -49,13 +49,22 @@ class Reason(StrEnum):
     NEGATIVE_QUANTITY = "negative_quantity"
     QUANTITY_TOO_LARGE = "quantity_too_large"
     QUANTITY_TOO_PRECISE = "quantity_too_precise"
+    BEYOND_LAST_TIER = "beyond_last_tier"  # the charge prices no such quantity: a version that does may be published
+    DIMENSION_TOO_LONG = "dimension_too_long"  # the values that name a cell do not fit on a line
     # anywhere
     INTERNAL_ERROR = "internal_error"
 
 
 #: Tried again with back-off for seven days; after that dead-lettered under the same reason.
 PARKING = frozenset(
-    {Reason.AHEAD_OF_PRICES, Reason.WRONG_PARTITION, Reason.UNKNOWN_ACCOUNT, Reason.NO_CONTRACT, Reason.NO_PRICE}
+    {
+        Reason.AHEAD_OF_PRICES,
+        Reason.WRONG_PARTITION,
+        Reason.UNKNOWN_ACCOUNT,
+        Reason.NO_CONTRACT,
+        Reason.NO_PRICE,
+        Reason.BEYOND_LAST_TIER,
+    }
 )
 
 

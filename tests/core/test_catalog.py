@@ -1,7 +1,7 @@
 """Which terms hold for an event, and for how long."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from decimal import Decimal
 from typing import Any
 
@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.catalog import Catalog, Terms
-from pipeline.core.charges import Charge, Tier
-from pipeline.core.contracts import Account, Contract
+from pipeline.core import documents
+from pipeline.core.catalog import Catalog, Segment, Terms
+from pipeline.core.charges import Cell, Charge, Tier
+from pipeline.core.contracts import Account, Contract, Phase
 from pipeline.core.documents import Entry, Item, from_document, kind_of, to_document
-from pipeline.core.meters import Filter, Meter
+from pipeline.core.meters import Conversion, Filter, Meter, Rounding
 from pipeline.core.periods import parse_instant
-from pipeline.core.plans import Plan
+from pipeline.core.plans import Override, Plan, Pool, PoolOverride, PriceList
 from pipeline.core.reasons import Reason, Rejection, Stage
 
 
@@ -32,7 +33,7 @@ PLAN = Plan("standard", 1, "Standard", "USD", 0, (CHARGE,))
 
 
 def entry(item: Item) -> Entry:
-    valid_from = item.valid_from_us if isinstance(item, Meter | Plan) else 0
+    valid_from = 0 if isinstance(item, Contract) else item.valid_from_us
     # Through JSON, as it comes from the topic.
     document: dict[str, Any] = json.loads(json.dumps(to_document(item)))
     return Entry(kind_of(item), item.id, item.version, valid_from, document)
@@ -161,6 +162,26 @@ REJECTIONS: dict[str, tuple[tuple[Item, ...], str, Reason, str]] = {
         Reason.NO_PRICE,
         "meter 'tokens'",
     ),
+    "the phase's price list is not there yet": (
+        (ACCOUNT, replace(CONTRACT, price_list="vip"), METER, PLAN),
+        "2026-03-15",
+        Reason.NO_PRICE,
+        "price list 'vip' in the catalog, got none",
+    ),
+    "a price list that does not fit the plan": (
+        (
+            ACCOUNT,
+            CONTRACT,
+            METER,
+            PLAN,
+            PriceList(
+                "vip", 1, "VIP", "standard", "USD", 0, (Override("tokens", (("package_size", 5),)),), account="acct"
+            ),
+        ),
+        "2026-03-15",
+        Reason.NO_PRICE,
+        "charge tokens: expected fields of a per_unit charge, got package_size",
+    ),
     "nothing meters this type": (
         (ACCOUNT, CONTRACT, replace(METER, event_type="image"), PLAN),
         "2026-03-15",
@@ -186,6 +207,16 @@ def test_a_snapshot_never_changes() -> None:
     assert (first.offset, second.offset) == (3, 7)
 
 
+def price_list(id: str, price: str, *, version: int = 1, valid_from: str = "2026-01-01", **scope: str) -> PriceList:
+    overrides = (Override("tokens", (("unit_price", Decimal(price)),)),)
+    return PriceList(id, version, id.title(), "standard", "USD", at(valid_from), overrides, **scope)
+
+
+EDUCATION = price_list("education", "0.000002", customer_segment="education")
+OWN = price_list("acct-own", "0.000001", account="acct")
+NAMED = price_list("ramp", "0.0000005")
+
+
 PIECES: list[Item] = [
     ACCOUNT,
     replace(ACCOUNT, version=2, time_zone="Asia/Amman"),
@@ -199,8 +230,24 @@ PIECES: list[Item] = [
     replace(PLAN, version=2, valid_from_us=at("2026-03-05")),
     replace(PLAN, version=3, valid_from_us=at("2026-03-22")),
     replace(PLAN, version=4, valid_from_us=at("2026-03-05")),
+    replace(ACCOUNT, version=3, customer_segment="education", valid_from_us=at("2026-03-14")),
+    replace(
+        CONTRACT,
+        version=3,
+        end_us=at("2026-03-20"),
+        later_phases=(Phase(at("2026-03-11"), "standard", "ramp"), Phase(at("2026-03-13"), "standard", trial_days=4)),
+    ),
+    replace(EDUCATION, valid_from_us=at("2026-03-15")),
+    replace(EDUCATION, version=2, valid_from_us=at("2026-03-23"), overrides=()),
+    replace(OWN, version=2, valid_from_us=at("2026-03-06"), overrides=(Override("tokens", (("package_size", 5),)),)),
+    replace(OWN, version=3, valid_from_us=at("2026-03-07")),
+    OWN,
+    NAMED,
 ]
-BOUNDARIES = [f"2026-03-{day:02}" for day in (1, 5, 8, 10, 12, 16, 18, 20, 22, 25)] + ["2026-02-28T22", "2026-03-31T21"]
+BOUNDARIES = [f"2026-03-{day:02}" for day in (1, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 22, 23, 25)] + [
+    "2026-02-28T22",
+    "2026-03-31T21",
+]
 TIMES = st.integers(at("2026-02-27"), at("2026-04-03")) | st.sampled_from(
     [at(boundary) + offset for boundary in BOUNDARIES for offset in (-1, 0)]
 )
@@ -223,6 +270,215 @@ def test_terms_hold_for_every_time_they_say_and_for_no_other(pieces: set[Item], 
     assert (known.terms("acct", "llm.request", other) == found) == (found.start_us <= other < found.end_us)
 
 
+@given(st.sets(st.sampled_from(PIECES)))
+def test_segments_tile_the_time_that_has_terms(pieces: set[Item]) -> None:
+    known = catalog(*pieces)
+    start, end = at("2026-02-20"), at("2026-04-05")
+    segments = known.segments("acct", start, end)
+    for segment in segments:
+        for time in (max(segment.start_us, start), min(segment.end_us, end) - 1):
+            assert known.segment("acct", time) == segment
+    edges = [start, *(edge for one in segments for edge in (one.start_us, one.end_us)), end]
+    for left, right in zip(edges[::2], edges[1::2], strict=True):
+        if left < right:
+            assert isinstance(known.segment("acct", left), Rejection)
+            assert isinstance(known.segment("acct", right - 1), Rejection)
+
+
+# Price lists, phases, trials ------------------------------------------------------------------------------------------
+
+
+def segment(*items: Item, when: str) -> Segment:
+    found = catalog(ACCOUNT, METER, PLAN, CONTRACT, *items).segment("acct", at(when))
+    assert isinstance(found, Segment), found
+    return found
+
+
+def priced(found: Segment) -> tuple[str, str]:
+    """Its price version and the price of its first charge."""
+    return found.price_version, f"{found.charges[0].unit_price:f}"
+
+
+STUDENT = replace(ACCOUNT, version=2, customer_segment="education")
+RAMPED = replace(CONTRACT, version=2, price_list="ramp")
+LISTS: dict[str, tuple[tuple[Item, ...], tuple[str, str]]] = {
+    "the plan's price": ((EDUCATION, NAMED), ("standard@1", "0.000003")),
+    "its customer segment's": ((STUDENT, EDUCATION, NAMED), ("standard@1+education@1", "0.000002")),
+    "its own": ((STUDENT, EDUCATION, OWN), ("standard@1+education@1+acct-own@1", "0.000001")),
+    "its contract's": (
+        (STUDENT, EDUCATION, OWN, RAMPED, NAMED),
+        ("standard@1+education@1+acct-own@1+ramp@1", "0.0000005"),
+    ),
+    "another plan's list does not count": (
+        (STUDENT, replace(EDUCATION, plan="other"), replace(OWN, plan="other")),
+        ("standard@1", "0.000003"),
+    ),
+    "a list that has ended": (
+        (STUDENT, EDUCATION, replace(EDUCATION, version=2, overrides=())),
+        ("standard@1", "0.000003"),
+    ),
+    "a list that overrides what the plan lacks": (
+        (STUDENT, replace(EDUCATION, overrides=(Override("images", (("unit_price", Decimal(9)),)),))),
+        ("standard@1+education@1", "0.000003"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("items", "expected"), LISTS.values(), ids=LISTS)
+def test_the_strongest_price_list_wins(items: tuple[Item, ...], expected: tuple[str, str]) -> None:
+    assert priced(segment(*items, when="2026-03-15")) == expected
+
+
+def test_price_lists_win_field_by_field_and_a_model_replaces_the_price() -> None:
+    metered = replace(CHARGE, references=("order",), included=10**9)
+    plan = replace(
+        PLAN, version=2, charges=(metered, replace(CHARGE, id="other")), pools=(Pool("p", "token", 5, ("other",)),)
+    )
+    more = replace(
+        EDUCATION, overrides=(Override("tokens", (("included", 7 * 10**9),)),), pools=(PoolOverride("p", 9),)
+    )
+    both = segment(plan, STUDENT, more, OWN, when="2026-03-15")
+    assert both.charges == (replace(metered, included=7 * 10**9, unit_price=Decimal("0.000001")), plan.charges[1])
+    assert both.pools == (Pool("p", "token", 9, ("other",)),)
+    packaged = (("model", "package"), ("package_price", Decimal(5)), ("package_size", 10**11))
+    repriced = segment(plan, STUDENT, more, replace(OWN, overrides=(Override("tokens", packaged),)), when="2026-03-15")
+    assert repriced.charges[0] == Charge(
+        "tokens", "tokens", "package", package_size=10**11, package_price=Decimal(5), references=("order",)
+    )
+
+
+def test_a_customer_segment_counts_from_its_own_time() -> None:
+    moved = replace(
+        ACCOUNT, version=2, customer_segment="education", valid_from_us=at("2026-03-10"), time_zone="Asia/Tokyo"
+    )
+    before, after = (segment(moved, EDUCATION, when=day) for day in ("2026-03-09T23", "2026-03-10"))
+    assert (priced(before)[0], before.end_us) == ("standard@1", at("2026-03-10"))
+    assert (priced(after)[0], after.start_us) == ("standard@1+education@1", at("2026-03-10"))
+    assert before.period.start_us == at("2026-02-28T15"), "all else of an account counts for all times"
+
+
+RAMP = replace(
+    CONTRACT,
+    version=2,
+    end_us=at("2026-06-01"),
+    trial_days=14,
+    later_phases=(Phase(at("2026-03-05"), "standard", "ramp"), Phase(at("2026-04-15"), "plus", trial_days=2)),
+)
+PLUS = replace(PLAN, id="plus")
+
+
+def test_a_contract_s_phases_are_segments_of_their_own() -> None:
+    known = catalog(ACCOUNT, METER, PLAN, PLUS, RAMP, NAMED)
+    found = known.segments("acct", at("2026-01-01"), at("2026-12-01"))
+    assert [(one.price_version, one.start_us, one.end_us) for one in found] == [
+        (version, at(start), at(end))
+        for version, start, end in [
+            ("standard@1+trial", "2026-01-10", "2026-01-24"),
+            ("standard@1", "2026-01-24", "2026-02-01"),
+            ("standard@1", "2026-02-01", "2026-03-01"),
+            ("standard@1", "2026-03-01", "2026-03-05"),
+            ("standard@1+ramp@1", "2026-03-05", "2026-04-01"),
+            ("standard@1+ramp@1", "2026-04-01", "2026-04-15"),
+            ("plus@1+trial", "2026-04-15", "2026-04-17"),
+            ("plus@1", "2026-04-17", "2026-05-01"),
+            ("plus@1", "2026-05-01", "2026-06-01"),
+        ]
+    ]
+
+
+def test_a_trial_is_free_and_shows_what_was_used() -> None:
+    fee = Charge("fee", None, "flat", unit_price=Decimal(49))
+    by = replace(CHARGE, id="by", by=("model",), per_subject=True, minimum=Decimal(5))
+    plan = replace(PLAN, version=2, trial_days=14, charges=(CHARGE, fee, by), pools=(Pool("p", "token", 5, ("by",)),))
+    found = segment(plan, OWN, when="2026-01-23T23")
+    assert found.trial
+    assert found.pools == ()
+    assert found.charges == (
+        replace(CHARGE, unit_price=Decimal(0)),
+        replace(fee, unit_price=Decimal(0)),
+        replace(by, unit_price=Decimal(0), minimum=None),
+    )
+    assert not segment(plan, when="2026-01-24").trial
+    assert not segment(plan, replace(CONTRACT, version=2, trial_days=0), when="2026-01-10").trial, (
+        "its contract says no"
+    )
+
+
+def test_trial_days_are_days_of_the_time_zone() -> None:
+    """Clocks in New York go forward on 8 March: the trial has an hour less than 7 times 24."""
+    new_york = replace(ACCOUNT, version=2, time_zone="America/New_York")
+    contract = replace(CONTRACT, version=2, start_us=at("2026-03-05T05"), trial_days=7)
+    assert segment(new_york, contract, when="2026-03-06").end_us == at("2026-03-12T04")
+
+
+def test_an_alias_is_not_what_usage_carries() -> None:
+    known = catalog(replace(ACCOUNT, aliases=("crm-1", "legacy")), CONTRACT, METER, PLAN)
+    found = known.terms("crm-1", "llm.request", at("2026-03-15"))
+    assert isinstance(found, Rejection)
+    assert found.reason is Reason.UNKNOWN_ACCOUNT
+    assert found.message.endswith("got 'crm-1', an alias of 'acct': send usage under the account's id")
+    assert known.aliases == {"crm-1": "acct", "legacy": "acct"}
+
+
+def test_a_flat_fee_is_of_the_segment_and_of_no_event() -> None:
+    fee = Charge("fee", None, "flat", unit_price=Decimal(49))
+    found = terms(ACCOUNT, CONTRACT, METER, replace(PLAN, charges=(fee, CHARGE)), when="2026-03-15")
+    assert isinstance(found, Terms)
+    assert (found.segment.charges, [charge for charge, _ in found.priced]) == ((fee, CHARGE), [CHARGE])
+
+
+# Proration ------------------------------------------------------------------------------------------------------------
+
+UNITS = 10**9
+TIERED = Charge(
+    "tiered",
+    "tokens",
+    "graduated",
+    tiers=(Tier(310 * UNITS, Decimal(2)), Tier(620 * UNITS, Decimal(1)), Tier(None, Decimal("0.5"))),
+    included=31 * UNITS,
+)
+POOLED = replace(PLAN, charges=(TIERED, CHARGE), pools=(Pool("p", "token", 3100 * UNITS, ("tokens",)),))
+#: A contract from 11 to 22 January: 11 of 31 days.
+PART = replace(CONTRACT, start_us=at("2026-01-11"), end_us=at("2026-01-22"))
+
+
+@pytest.mark.parametrize(
+    ("prorate", "pool", "included", "bounds"),
+    [("pool", 1100, 11, (310, 620)), ("pool_and_tiers", 1100, 11, (110, 220)), ("none", 3100, 31, (310, 620))],
+)
+def test_a_segment_has_its_share_of_the_period(prorate: Any, pool: int, included: int, bounds: tuple[int, int]) -> None:
+    found = catalog(ACCOUNT, METER, PART, replace(POOLED, prorate=prorate)).segment("acct", at("2026-01-15"))
+    assert isinstance(found, Segment)
+    assert found.pools[0].included == pool * UNITS
+    assert found.charges[0].included == included * UNITS
+    assert [tier.up_to for tier in found.charges[0].tiers] == [bounds[0] * UNITS, bounds[1] * UNITS, None]
+    assert found.charges[1] == CHARGE
+
+
+@given(
+    st.lists(st.integers(at("2026-03-01") + 1, at("2026-04-01") - 1), max_size=6, unique=True).map(sorted),
+    st.integers(0, 10**13),
+    st.integers(1, 10**12),
+)
+def test_the_segments_of_a_period_have_the_whole_together(cuts: list[int], included: int, bound: int) -> None:
+    """However often a price changes within a month, the shares add up, and every tier keeps some room."""
+    charge = replace(
+        TIERED, included=included, tiers=(Tier(bound, Decimal(2)), Tier(bound + 1, Decimal(1)), Tier(None))
+    )
+    versions = [
+        replace(POOLED, version=n + 1, valid_from_us=cut, prorate="pool_and_tiers", charges=(charge,))
+        for n, cut in enumerate([0, *cuts])
+    ]
+    known = catalog(ACCOUNT, METER, CONTRACT, *versions)
+    found = known.segments("acct", at("2026-03-01"), at("2026-04-01"))
+    assert len(found) == len(cuts) + 1
+    assert sum(one.pools[0].included for one in found) == POOLED.pools[0].included
+    assert sum(one.charges[0].included for one in found) == included
+    for one in found:
+        first, second, _ = (tier.up_to for tier in one.charges[0].tiers)
+        assert 0 < (first or 0) < (second or 0)
+
+
 # Documents ----------------------------------------------------------------------------------------------------------
 
 ITEMS: list[Item] = [
@@ -231,7 +487,37 @@ ITEMS: list[Item] = [
     ended(CONTRACT, "2026-03-15"),
     METER,
     Meter("calls", 3, "call", "count", None, "call", (Filter("model", ("a", "b")),), True, at("2026-03-01")),
+    replace(ACCOUNT, customer_segment="education", parent="group", aliases=("a", "b"), valid_from_us=at("2026-03-01")),
+    replace(RAMP, price_list="vip", legal_entity="acme-inc"),
+    Meter(
+        "levels",
+        1,
+        "seats",
+        "time_weighted",
+        None,
+        "seat-hour",
+        (Filter("plan", ("free",), "not_in"), Filter("seats", ("0",), "gt"), Filter("region", (), "exists")),
+        False,
+        0,
+        expression="seats * 2",
+        convert=Conversion(divide=Decimal(1024)),
+        rounding=Rounding("up", 60 * UNITS),
+        level="add",
+        time_unit="hour",
+        carries_over=True,
+        dimensions=("region",),
+    ),
+    replace(
+        EDUCATION,
+        overrides=(
+            Override("a", (("included", 5), ("model", "graduated"), ("tiers", (Tier(None, Decimal(1)),)))),
+            Override("b", (("cells", (Cell(("x",), Decimal(2)),)), ("free_events", 3))),
+        ),
+        pools=(PoolOverride("p", 7),),
+    ),
+    NAMED,
     PLAN,
+    replace(POOLED, prorate="pool_and_tiers", trial_days=30),
     Plan(
         "all",
         2,
@@ -247,7 +533,41 @@ ITEMS: list[Item] = [
                 tiers=(Tier(10**9, Decimal("0.1"), Decimal(2)), Tier(None, Decimal("1E-18"))),
             ),
             Charge("v", "tokens", "volume", tiers=(Tier(None, Decimal("0.10")),), flat_on_zero=False),
-            Charge("p", "tokens", "package", package_size=100 * 10**9, package_price=Decimal(5)),
+            Charge("p", "tokens", "package", package_size=100 * 10**9, package_price=Decimal(5), min_packages=1),
+            Charge(
+                "s",
+                "tokens",
+                "stairstep",
+                tiers=(Tier(10**9, flat=Decimal(5), cap=Decimal(9)),),
+                beyond="park",
+                bound="exclusive",
+                minimum=Decimal(1),
+                maximum=Decimal(50),
+            ),
+            Charge("r", "tokens", "graduated_percentage", tiers=(Tier(None, rate=Decimal("1.5")),)),
+            Charge(
+                "m",
+                "tokens",
+                "matrix",
+                unit_price=Decimal(1),
+                by=("model",),
+                cells=(Cell(("large",), Decimal(3)),),
+                per_subject=True,
+            ),
+            Charge(
+                "%",
+                "tokens",
+                "percentage",
+                rate=Decimal("2.9"),
+                fixed=Decimal("0.30"),
+                free_events=5,
+                free_amount=10**11,
+                event_minimum=Decimal("0.5"),
+                event_maximum=Decimal(20),
+            ),
+            Charge("d", "tokens", "dynamic", amount_property="cost", multiplier=Decimal("1.2")),
+            Charge("l", "tokens", "per_unit", unit_price=Decimal(7), per_level=True),
+            Charge("f", None, "flat", unit_price=Decimal(49), in_advance=True, quantity=3 * 10**9, prorate=False),
         ),
     ),
 ]
@@ -256,6 +576,35 @@ ITEMS: list[Item] = [
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: f"{kind_of(item)} {item.id}")
 def test_an_item_survives_being_written_and_read(item: Item) -> None:
     assert from_document(entry(item)) == item
+
+
+def test_what_came_later_is_written_only_where_it_is_used() -> None:
+    """So what was published before is read as it was meant, and does not change by being published again."""
+    assert to_document(ACCOUNT) == {"name": "Acct", "time_zone": "UTC"}
+    assert to_document(CONTRACT).keys() == {"account", "plan", "start", "end"}
+    assert to_document(METER).keys() == {"event_type", "aggregation", "value", "unit", "filters", "allow_negative"}
+    assert to_document(PLAN).keys() == {"name", "currency", "charges"}
+    assert to_document(PLAN)["charges"][0].keys() == {
+        "id",
+        "meter",
+        "model",
+        "unit_price",
+        "tiers",
+        "package_size",
+        "package_price",
+        "included",
+        "references",
+        "flat_on_zero",
+    }
+
+
+def test_every_field_of_every_item_is_in_its_document() -> None:
+    """What a table forgets would be lost on the way to the rater."""
+    beside = {"id", "version", "valid_from_us"}  # in the entry
+    for cls, table in documents._TABLES.items():
+        written = {field.attribute for field in table.values()}
+        nested = cls in (Charge, Pool)  # their ids stand in the document
+        assert written == {field.name for field in fields(cls)} - (set() if nested else beside), cls
 
 
 def test_equal_prices_make_equal_documents() -> None:
@@ -270,10 +619,17 @@ def test_equal_prices_make_equal_documents() -> None:
         pytest.param(ACCOUNT, {"time_zone": "Mars/Olympus"}, "Mars/Olympus", id="a time zone unknown here"),
         pytest.param(ACCOUNT, {"vip": "yes"}, r"unknown fields \['vip'\]", id="a field of a newer version"),
         pytest.param(CONTRACT, {"start": None}, "expected str as start, got None", id="a field of another type"),
-        pytest.param(METER, {"aggregation": "median"}, "sum or count, got 'median'", id="an aggregation unknown here"),
-        pytest.param(METER, {"value": None}, "needs the property to sum", id="a sum of nothing"),
+        pytest.param(
+            METER,
+            {"aggregation": "median"},
+            "average, unique or time_weighted, got 'median'",
+            id="an aggregation unknown here",
+        ),
+        pytest.param(METER, {"value": None}, "expected the property to take the sum of", id="a sum of nothing"),
+        pytest.param(NAMED, {"overrides": [{"charge": "c", "meter": "m"}]}, r"\['meter'\]", id="another meter"),
+        pytest.param(NAMED, {"currency": "XXX"}, "ISO 4217", id="a price list's currency unknown here"),
         pytest.param(PLAN, {"currency": "XXX"}, "ISO 4217", id="a currency unknown here"),
-        pytest.param(PLAN, {"charges": [{"id": "c"}]}, "no field 'model'", id="a charge without model"),
+        pytest.param(PLAN, {"charges": [{"id": "c", "meter": "m"}]}, "no field 'model'", id="a charge without model"),
     ],
 )
 def test_a_document_not_understood_in_full_is_refused(item: Item, change: dict[str, Any], message: str) -> None:
