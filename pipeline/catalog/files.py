@@ -1,43 +1,51 @@
 """Price files and account files: YAML to the core's types, or every mistake with its line.
 
-Files given together are one whole: a charge may use a meter of another file among them.
+Files given together are one whole: a charge may use a meter of another file among them. Where they name event types
+with their properties, every property a meter or charge uses has to be among them; that is all these are for.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Generic, TypeAlias, TypeVar, cast, overload
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel
-
+from pipeline.catalog.charges import Properties, check_properties, read_charge, read_override, read_pools
 from pipeline.catalog.models import (
-    CHARGE_MODELS,
-    ID,
     AccountModel,
     ContractModel,
+    EventTypeModel,
     MeterModel,
-    PackageModel,
-    PerUnitModel,
+    PhaseModel,
     PlanModel,
-    TieredModel,
-    UnknownModel,
+    PriceListModel,
 )
-from pipeline.catalog.source import Data, Finding, Key, Source, Where, one_of, read, shown, suggestion
-from pipeline.core.charges import Charge, Tier
-from pipeline.core.contracts import Account, Contract, overlap
-from pipeline.core.meters import Filter, Meter
-from pipeline.core.money import Micros, parse_decimal
+from pipeline.catalog.source import (
+    Data,
+    Finding,
+    Part,
+    Source,
+    Where,
+    get,
+    one_of,
+    read,
+    report_repeats,
+    shown,
+    suggestion,
+)
+from pipeline.core.contracts import Account, Contract, Phase, overlap
+from pipeline.core.expressions import compile_expression
+from pipeline.core.meters import Conversion, Filter, Meter, Operator, Rounding
+from pipeline.core.meters import faults as meter_faults
+from pipeline.core.money import Micros
 from pipeline.core.periods import format_instant, local_midnight
-from pipeline.core.plans import Plan
-from pipeline.core.reasons import Reason
+from pipeline.core.plans import Override, Plan, PoolOverride, PriceList
 
 _UTC = ZoneInfo("UTC")
 
-T = TypeVar("T", Account, Contract, Meter, Plan)
-M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T", Account, Contract, Meter, Plan, PriceList)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,49 +55,66 @@ class Draft(Generic[T]):
     item: T
     where: Where
     valid_from_us: Micros | None = None
-    #: Where a contract names its plan.
+    #: Where a contract or price list names its plan.
     plan_where: Where | None = None
 
 
-AnyDraft: TypeAlias = Draft[Account] | Draft[Contract] | Draft[Meter] | Draft[Plan]
+AnyDraft: TypeAlias = Draft[Account] | Draft[Contract] | Draft[Meter] | Draft[Plan] | Draft[PriceList]
 
 
 @dataclass(slots=True)
 class Drafts:
-    """What some files hold. Only without findings is it whole; in file order, meters before the plans that use them."""
+    """What some files hold. Only without findings is it whole; in file order, each kind after those it refers to."""
 
     accounts: list[Draft[Account]] = field(default_factory=list)
     contracts: list[Draft[Contract]] = field(default_factory=list)
     meters: list[Draft[Meter]] = field(default_factory=list)
     plans: list[Draft[Plan]] = field(default_factory=list)
+    price_lists: list[Draft[PriceList]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def all(self) -> list[AnyDraft]:
-        return [*self.accounts, *self.contracts, *self.meters, *self.plans]
+        return [*self.accounts, *self.contracts, *self.meters, *self.plans, *self.price_lists]
 
 
 def read_price_files(paths: Sequence[Path]) -> Drafts:
-    """Meters and plans of price files. Raises OSError when a file cannot be read; all else is a finding."""
+    """What price files hold. Raises OSError when a file cannot be read; all else is a finding."""
     drafts, sources = Drafts(), [read(path) for path in paths]
-    meters = [part for source in sources for part in _section(source, "meters", ("meters", "plans"))]
-    plans = [part for source in sources for part in _section(source, "plans")]
+    for source in sources:
+        _check_sections(source, ("event_types", "meters", "plans", "price_lists"))
+    event_types, meters, plans, price_lists = (
+        [part for source in sources for part in Part(source, (), source.data).parts(key)]
+        for key in ("event_types", "meters", "plans", "price_lists")
+    )
+    properties = {model.id: model.properties for part in event_types if (model := part.validated(EventTypeModel))}
     for part in meters:
-        _read_meter(part, drafts)
-    names = {name for part in meters if isinstance(name := _get(part.data, "id"), str)}
+        _read_meter(part, properties, drafts)
+    known_meters = _known(meters, [draft.item for draft in drafts.meters])
     for part in plans:
-        _read_plan(part, names, drafts)
-    for parts in (meters, plans):
-        _report_repeats([(part, _get(part.data, "id")) for part in parts])
+        _read_plan(part, known_meters, properties, drafts)
+    known_plans = _known(plans, [draft.item for draft in drafts.plans])
+    for part in price_lists:
+        _read_price_list(part, known_plans, known_meters, drafts)
+    for parts in (event_types, meters, plans, price_lists):
+        report_repeats([(part, get(part.data, "id")) for part in parts])
+    for one, other in same_scope(drafts.price_lists):
+        drafts.findings.append(scope_finding(other, one.item))
     return _finished(drafts, sources)
 
 
 def read_account_files(paths: Sequence[Path]) -> Drafts:
     """Accounts and their contracts. Raises OSError when a file cannot be read; all else is a finding."""
     drafts, sources = Drafts(), [read(path) for path in paths]
-    accounts = [part for source in sources for part in _section(source, "accounts", ("accounts",))]
+    for source in sources:
+        _check_sections(source, ("accounts",))
+    accounts = [part for source in sources for part in Part(source, (), source.data).parts("accounts")]
     contracts = [_read_account(part, drafts) for part in accounts]
-    _report_repeats([(part, _get(part.data, "id")) for part in accounts])
-    _report_repeats(list(chain.from_iterable(contracts)))
+    report_repeats([(part, get(part.data, "id")) for part in accounts])
+    report_repeats(list(chain.from_iterable(contracts)))
+    _check_aliases(accounts)
+    for circle in parent_cycles({draft.item.id: draft.item.parent for draft in drafts.accounts}):
+        where = next(part.where("parent") for part in accounts if get(part.data, "id") == circle[0])
+        drafts.findings.append(cycle_finding(where, circle))
     for one, other in overlapping(drafts.contracts):
         drafts.findings.append(overlap_finding(other, one.item))
     return _finished(drafts, sources)
@@ -108,6 +133,28 @@ def overlapping(contracts: Iterable[Draft[Contract]]) -> list[tuple[Draft[Contra
     ]
 
 
+def same_scope(price_lists: Iterable[Draft[PriceList]]) -> list[tuple[Draft[PriceList], Draft[PriceList]]]:
+    """Pairs of price lists that override the same plan for the same customers, so that neither would go before."""
+    first: dict[tuple[str, str | None, str | None], Draft[PriceList]] = {}
+    found = []
+    for draft in price_lists:
+        item = draft.item
+        if item.customer_segment is None and item.account is None:
+            continue
+        known = first.setdefault((item.plan, item.customer_segment, item.account), draft)
+        if known.item.id != item.id:
+            found.append((known, draft))
+    return found
+
+
+def scope_finding(draft: Draft[PriceList], other: PriceList) -> Finding:
+    whom = f"account {other.account!r}" if other.account else f"customer segment {other.customer_segment!r}"
+    return draft.where.finding(
+        f"expected one price list of plan {other.plan!r} for {whom}, got {draft.item.id!r} beside {other.id!r}: "
+        "put their charges into one"
+    )
+
+
 def overlap_finding(draft: Draft[Contract], other: Contract) -> Finding:
     return draft.where.finding(
         f"expected contracts of an account one after another, got {draft.item.id!r} ({span(draft.item)}) "
@@ -118,59 +165,29 @@ def overlap_finding(draft: Draft[Contract], other: Contract) -> Finding:
 # Items --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """An element of a file, with its place."""
-
-    source: Source
-    path: Key
-    data: Data
-
-    def report(self, key: str, message: str) -> None:
-        self.source.report((*self.path, key), message)
-
-    def where(self, key: str) -> Where:
-        return self.source.where((*self.path, key))
-
-    def parts(self, key: str) -> list["_Part"]:
-        path = (*self.path, key)
-        return [_Part(self.source, at, data) for at, data in self.source.parts(path, _get(self.data, key))]
-
-    def validated(self, model: type[M], *, without: str = "") -> M | None:
-        """The data as a model; the part under the key ``without`` is judged elsewhere."""
-        data = self.data
-        if isinstance(data, dict) and without:
-            data = {key: part for key, part in data.items() if key != without}
-        return self.source.validated(model, self.path, data)
-
-
-def _section(source: Source, key: str, allowed: tuple[str, ...] = ()) -> list[_Part]:
-    """The elements under a key of the file; with ``allowed``, any other key of the file is reported."""
-    if allowed and isinstance(source.data, dict):
+def _check_sections(source: Source, allowed: Sequence[str]) -> None:
+    """A file has some of the keys allowed and no others."""
+    if isinstance(source.data, dict):
         for other in source.data.keys() - set(allowed):
             command = _COMMAND_FOR.get(other)
             hint = f": that belongs to `{command}`" if command else suggestion(other, list(allowed))
             source.report((other,), f"unknown key {other!r}{hint}", key=True)
         if not source.data.keys() & set(allowed):
-            source.report((), f"expected {one_of(list(allowed))}, got neither")
-    elif allowed and not source.findings:
-        source.report((), f"expected a mapping with {one_of(list(allowed))}, got {shown(source.data)}")
-    return _Part(source, (), source.data).parts(key)
+            source.report((), f"expected {one_of(allowed)}, got none of them")
+    elif not source.findings:
+        source.report((), f"expected a mapping with {one_of(allowed)}, got {shown(source.data)}")
 
 
 _COMMAND_FOR = {
     "accounts": "tally accounts apply",
+    "event_types": "tally plans publish",
     "meters": "tally plans publish",
     "plans": "tally plans publish",
+    "price_lists": "tally plans publish",
 }
 
 
-def _read_meter(part: _Part, drafts: Drafts) -> None:
-    aggregation, value = _get(part.data, "aggregation"), _get(part.data, "value")
-    if aggregation == "sum" and value is None:
-        part.report("value", "expected the property to sum, got nothing")
-    if aggregation == "count" and value is not None:
-        part.report("value", f"expected no value, since a count looks at none, got {shown(value)}")
+def _read_meter(part: Part, properties: Properties, drafts: Drafts) -> None:
     meter = part.validated(MeterModel)
     if meter is None:
         return
@@ -181,78 +198,107 @@ def _read_meter(part: _Part, drafts: Drafts) -> None:
         aggregation=meter.aggregation,
         value=meter.value,
         unit=meter.unit,
-        filters=tuple(Filter(name, values) for name, values in sorted((meter.filters or {}).items())),
+        filters=tuple(
+            Filter(name, values, cast(Operator, operator))
+            for name, conditions in sorted((meter.filters or {}).items())
+            for operator, values in conditions
+        ),
         allow_negative=meter.allow_negative,
         valid_from_us=0,
+        expression=meter.expression,
+        convert=None if meter.convert is None else Conversion(**dict(meter.convert)),
+        rounding=None if meter.rounding is None else Rounding(**dict(meter.rounding)),
+        derived_per=meter.derived_per,
+        level=meter.level,
+        time_unit=meter.time_unit,
+        carries_over=meter.carries_over,
+        dimensions=meter.dimensions,
     )
+    faults = meter_faults(item)
+    for fault in faults:
+        part.report(fault.field, fault.message)
+    if properties and item.event_type not in properties:
+        hint = suggestion(item.event_type, sorted(properties))
+        part.report("event_type", f"expected a type of event_types, got {item.event_type!r}{hint}")
+    expressed = compile_expression(item.expression).names if item.expression and not faults else ()
+    used = [("value", item.value), *(("expression", name) for name in sorted(expressed))]
+    used += [("filters", name) for name in meter.filters or {}] + [("dimensions", name) for name in item.dimensions]
+    check_properties(part, used, properties.get(item.event_type))
     drafts.meters.append(Draft(item, part.where("id"), _instant(meter.valid_from)))
 
 
-def _read_plan(part: _Part, meters: set[str], drafts: Drafts) -> None:
+def _read_plan(part: Part, meters: Mapping[str, Meter | None], properties: Properties, drafts: Drafts) -> None:
     plan = part.validated(PlanModel, without="charges")
     if isinstance(part.data, dict) and part.data.get("charges") in (None, []):
         part.report("charges", "expected at least one charge, got nothing")
     parts = part.parts("charges")
-    charges = [_read_charge(charge, meters) for charge in parts]
-    _report_repeats([(charge, _get(charge.data, "id")) for charge in parts])
-    if plan is not None:
-        item = Plan(plan.id, 0, plan.name, plan.currency, 0, tuple(charge for charge in charges if charge is not None))
-        drafts.plans.append(Draft(item, part.where("id"), _instant(plan.valid_from)))
-
-
-def _read_charge(part: _Part, meters: set[str]) -> Charge | None:
-    meter = _get(part.data, "meter")
-    if isinstance(meter, str) and ID.fullmatch(meter) and meter not in meters:
-        hint = suggestion(meter, sorted(meters)) or ": give the file that defines it too"
-        part.report("meter", f"expected a meter of the files given, got {meter!r}{hint}")
-    _check_tiers(part)
-    model = CHARGE_MODELS.get(str(_get(part.data, "model")), UnknownModel)
-    charge = part.validated(model)
-    if charge is None:
-        return None
-    match charge:
-        case PerUnitModel():
-            own: dict[str, Any] = {"unit_price": charge.unit_price}
-        case PackageModel():
-            own = {"package_size": charge.package_size, "package_price": charge.package_price}
-        case TieredModel():
-            tiers = tuple(Tier(tier.up_to, tier.unit_price, tier.flat) for tier in charge.tiers)
-            own = {"tiers": tiers, "flat_on_zero": charge.flat_on_zero}
-    return Charge(charge.id, charge.meter, charge.model, included=charge.included, references=charge.references, **own)
-
-
-def _check_tiers(part: _Part) -> None:
-    """Bounds ascend and only the last tier has none. Bounds that are no numbers are reported with their fields."""
-    tiers = _get(part.data, "tiers")
-    if tiers == []:
-        part.report("tiers", "expected at least one tier, got an empty list")
-    if not isinstance(tiers, list):
+    charges = {charge.id: charge for one in parts if (charge := read_charge(one, meters, properties)) is not None}
+    report_repeats([(charge, get(charge.data, "id")) for charge in parts])
+    if plan is None:
         return
-    lower, lower_text = 0, "0"
-    for tier in part.parts("tiers"):
-        if not isinstance(tier.data, dict):
-            continue
-        bound = tier.data.get("up_to")
-        if "unit_price" not in tier.data and "flat" not in tier.data:
-            tier.source.report(tier.path, "expected a unit_price, a flat or both, got neither")
-        if tier.path[-1] == len(tiers) - 1:
-            if bound is not None:
-                tier.report("up_to", f"expected no bound on the last tier (what would lie beyond?), got {shown(bound)}")
-        elif bound is None:
-            tier.report("up_to", "expected a bound, since only the last tier goes on for ever, got nothing")
-        number = parse_decimal(bound) if isinstance(bound, str) else Reason.NOT_A_NUMBER
-        if not isinstance(number, Reason) and number > 0:
-            if number <= lower:
-                tier.report("up_to", f"expected more than {lower_text}, where the tier before ends, got {shown(bound)}")
-            lower, lower_text = number, str(bound)
+    pools = read_pools(part, plan, charges, {get(one.data, "id") for one in parts}, meters)
+    item = Plan(
+        plan.id,
+        0,
+        plan.name,
+        plan.currency,
+        0,
+        tuple(charges.values()),
+        pools,
+        plan.prorate,
+        trial_days=plan.trial_days,
+    )
+    drafts.plans.append(Draft(item, part.where("id"), _instant(plan.valid_from)))
 
 
-def _read_account(part: _Part, drafts: Drafts) -> list[tuple[_Part, Data]]:
+def _read_price_list(
+    part: Part, plans: Mapping[str, Plan | None], meters: Mapping[str, Meter | None], drafts: Drafts
+) -> None:
+    model = part.validated(PriceListModel, without="charges")
+    if model is None:
+        return
+    if model.customer_segment is not None and model.account is not None:
+        part.report("account", "expected a customer_segment or an account, got both: make it two price lists")
+    if model.plan not in plans:
+        hint = suggestion(model.plan, sorted(plans)) or ": give the file that defines it too"
+        part.report("plan", f"expected a plan of the files given, got {model.plan!r}{hint}")
+    plan = plans.get(model.plan)
+    overrides: list[Override] = []
+    pools: list[PoolOverride] = []
+    if plan is not None:
+        if model.currency != plan.currency:
+            part.report("currency", f"expected {plan.currency}, the currency of plan {plan.id!r}, got {model.currency}")
+        places = part.parts("charges")
+        report_repeats([(place, get(place.data, "id")) for place in places])
+        overrides = [override for place in places if (override := read_override(place, plan, meters)) is not None]
+        known = {pool.id for pool in plan.pools}
+        for place, pool in zip(part.parts("pools"), model.pools, strict=True):
+            if pool.id not in known:
+                hint = suggestion(pool.id, sorted(known)) if known else ": it has none"
+                place.report("id", f"expected a pool of plan {plan.id!r}, got {pool.id!r}{hint}")
+            pools.append(PoolOverride(pool.id, pool.included))
+    item = PriceList(
+        model.id,
+        0,
+        model.name,
+        model.plan,
+        model.currency,
+        0,
+        tuple(overrides),
+        tuple(pools),
+        model.customer_segment,
+        model.account,
+    )
+    drafts.price_lists.append(Draft(item, part.where("id"), _instant(model.valid_from), part.where("plan")))
+
+
+def _read_account(part: Part, drafts: Drafts) -> list[tuple[Part, Data]]:
     """Also returns the account's contracts with their ids, for finding repeated ones."""
     account = part.validated(AccountModel, without="contracts")
     parts = part.parts("contracts")
     for contract in parts:
-        model = contract.validated(ContractModel)
+        model = contract.validated(ContractModel, without="phases")
+        phases = [(phase, phase.validated(PhaseModel)) for phase in contract.parts("phases")]
         if model is None or account is None:
             continue
         zone = ZoneInfo(account.time_zone)
@@ -260,28 +306,92 @@ def _read_account(part: _Part, drafts: Drafts) -> list[tuple[_Part, Data]]:
         if end is not None and end <= start:
             contract.report("end", f"expected an end after the start, got {shown(contract.data['end'])}")
             continue
-        item = Contract(model.id or _default_id(account.id), 0, account.id, model.plan, start, end)
+        item = Contract(
+            model.id or _default_id(account.id),
+            0,
+            account.id,
+            model.plan,
+            start,
+            end,
+            price_list=model.price_list,
+            trial_days=model.trial_days,
+            legal_entity=model.legal_entity or "",
+            later_phases=_later_phases(phases, model.plan, start, end, zone),
+        )
         drafts.contracts.append(Draft(item, contract.where("id"), plan_where=contract.where("plan")))
     if account is not None:
-        drafts.accounts.append(Draft(Account(account.id, 0, account.name, account.time_zone), part.where("id")))
-    name = _default_id(_get(part.data, "id"))
-    return [(contract, _get(contract.data, "id") or name) for contract in parts]
+        customer = Account(
+            account.id, 0, account.name, account.time_zone, account.customer_segment, account.parent, account.aliases
+        )
+        drafts.accounts.append(Draft(customer, part.where("id"), _instant(account.valid_from)))
+    name = _default_id(get(part.data, "id"))
+    return [(contract, get(contract.data, "id") or name) for contract in parts]
+
+
+def _later_phases(
+    phases: Iterable[tuple[Part, PhaseModel | None]], plan: str, start: Micros, end: Micros | None, zone: ZoneInfo
+) -> tuple[Phase, ...]:
+    """A contract's phases after the first, one after another within it; one that names no plan keeps the one before."""
+    found: list[Phase] = []
+    before = start
+    for part, model in phases:
+        if model is None:
+            continue
+        begins = _instant(model.start, zone)
+        if begins <= before or (end is not None and begins >= end):
+            until = "" if end is None else f" and before {format_instant(end)}"
+            got = shown(part.data["start"])
+            part.report("start", f"expected a start after {format_instant(before)}{until}, got {got}")
+        plan, before = model.plan or plan, begins
+        found.append(Phase(begins, plan, model.price_list, model.trial_days))
+    return tuple(found)
+
+
+def _check_aliases(accounts: Iterable[Part]) -> None:
+    """A name stands for one account, be it the account's id or an alias."""
+    names: dict[str, Where] = {}
+    parts = list(accounts)
+    for part in parts:
+        if isinstance(name := get(part.data, "id"), str):
+            names.setdefault(name, part.where("id"))
+    for part in parts:
+        aliases = get(part.data, "aliases")
+        for alias in aliases if isinstance(aliases, list) else [aliases]:
+            where = part.where("aliases")
+            if isinstance(alias, str) and (known := names.setdefault(alias, where)) is not where:
+                got = f"{alias!r}, as on {known.file}:{known.line}"
+                part.report("aliases", f"expected a name of no other account, got {got}")
+
+
+def parent_cycles(parents: Mapping[str, str | None]) -> list[tuple[str, ...]]:
+    """Accounts that are their own ancestors: each circle once, from its first id on."""
+    circles = set()
+    for account in parents:
+        way: list[str] = []
+        at: str | None = account
+        while at is not None and at not in way:
+            way.append(at)
+            at = parents.get(at)
+        if at is not None:
+            circle = way[way.index(at) :]
+            first = circle.index(min(circle))
+            circles.add((*circle[first:], *circle[:first]))
+    return sorted(circles)
+
+
+def cycle_finding(where: Where, circle: Sequence[str]) -> Finding:
+    return where.finding(f"expected a parent that is not below the account, got {' under '.join([*circle, circle[0]])}")
+
+
+def _known(parts: Iterable["Part"], items: Iterable[T]) -> dict[str, T | None]:
+    """What the files define, by id; None for what has mistakes in it."""
+    names = {name: None for part in parts if isinstance(name := get(part.data, "id"), str)}
+    return {**names, **{item.id: item for item in items}}
 
 
 def _default_id(account: Data) -> str:
     """The id of a contract that the file gives none: an account usually has one."""
     return f"{account}-main"
-
-
-def _report_repeats(parts: list[tuple[_Part, Data]]) -> None:
-    first: dict[str, Where] = {}
-    for part, name in parts:
-        if not isinstance(name, str):
-            continue
-        where = part.where("id")
-        known = first.setdefault(name, where)
-        if known is not where:
-            part.report("id", f"expected each id once, got {name!r} again after {known.file}:{known.line}")
 
 
 def _finished(drafts: Drafts, sources: list[Source]) -> Drafts:
@@ -296,10 +406,6 @@ def _instant(value: date | Micros | None, zone: ZoneInfo = ...) -> Micros | None
 def _instant(value: date | Micros | None, zone: ZoneInfo = _UTC) -> Micros | None:
     """An instant; a date is its midnight in the zone."""
     return local_midnight(value.year, value.month, value.day, zone) if isinstance(value, date) else value
-
-
-def _get(data: Data, key: str) -> Data:
-    return data.get(key) if isinstance(data, dict) else None
 
 
 def span(contract: Contract) -> str:

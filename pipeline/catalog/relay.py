@@ -160,8 +160,10 @@ class _Waiting(NamedTuple):
         return f"{self.kind}/{self.id}/{self.version}"
 
     def record(self) -> dict[str, Any]:
+        known = self.kind != "price_list"  # to the schema's enum, which cannot grow
         return {
-            "kind": self.kind,
+            "kind": self.kind if known else "plan",
+            "document_kind": "" if known else self.kind,
             "id": self.id,
             "version": self.version,
             "valid_from": self.valid_from,

@@ -4,6 +4,7 @@ PyYAML's node tree is used rather than its values, so that an unquoted ``0.00000
 through a float.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -116,11 +117,37 @@ class Source:
         return text
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An element of a file, with its place."""
+
+    source: Source
+    path: Key
+    data: Data
+
+    def report(self, key: str, message: str) -> None:
+        self.source.report((*self.path, key), message)
+
+    def where(self, key: str) -> Where:
+        return self.source.where((*self.path, key))
+
+    def parts(self, key: str) -> list["Part"]:
+        path = (*self.path, key)
+        return [Part(self.source, at, data) for at, data in self.source.parts(path, get(self.data, key))]
+
+    def validated(self, model: type[M], *, without: str = "") -> M | None:
+        """The data as a model; the part under the key ``without`` is judged elsewhere."""
+        data = self.data
+        if isinstance(data, dict) and without:
+            data = {key: part for key, part in data.items() if key != without}
+        return self.source.validated(model, self.path, data)
+
+
 def read(path: Path) -> Source:
     """The file's data and places. What is not YAML is a finding, not an error. Raises OSError when unreadable."""
     source = Source(str(path))
     try:
-        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        root = yaml.compose(path.read_bytes(), Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         context = f"{error.context}: " if error.context else ""
@@ -166,6 +193,23 @@ def _data(
     return data
 
 
+def get(data: Data, key: str) -> Data:
+    """What stands under a key, or None where nothing does or there are no keys."""
+    return data.get(key) if isinstance(data, dict) else None
+
+
+def report_repeats(parts: list[tuple[Part, Data]]) -> None:
+    """Report each part whose id, given beside it, is one before it."""
+    first: dict[str, Where] = {}
+    for part, name in parts:
+        if not isinstance(name, str):
+            continue
+        where = part.where("id")
+        known = first.setdefault(name, where)
+        if known is not where:
+            part.report("id", f"expected each id once, got {name!r} again after {known.file}:{known.line}")
+
+
 def expected(what: str, value: Data, hint: str = "") -> PydanticCustomError:
     """The error a field's validator raises."""
     return PydanticCustomError("expected", "{text}", {"text": f"expected {what}, got {shown(value)}{hint}"})
@@ -192,8 +236,9 @@ def suggestion(word: object, known: list[str]) -> str:
     return f": expected {one_of(known)}" if known else ""
 
 
-def one_of(words: list[str]) -> str:
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+def one_of(words: Sequence[str], last: str = "or") -> str:
+    """``a, b or c``; nothing where there is no word."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _step(data: Data, step: str | int) -> Data:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from pipeline.core.contracts import Contract
+from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import Entry, Item, Kind, from_document
 from pipeline.core.money import Micros
-from pipeline.core.periods import to_micros
+from pipeline.core.periods import to_datetime, to_micros
+from pipeline.core.plans import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,84 @@ def contracts_of(connection: "Connection[Any]", accounts: Iterable[str]) -> list
     return [item for entry in entries if isinstance(item := from_document(entry), Contract)]
 
 
+_SELECT_PRICE_LISTS = """
+SELECT kind, id, version, valid_from, document, published_at, published_by, reason
+FROM billing.catalog_version
+WHERE kind = 'price_list' AND document ->> 'plan' = ANY(%s)
+ORDER BY id, version
+"""
+
+
+def price_lists_of(connection: "Connection[Any]", plans: Iterable[str]) -> list[Version]:
+    """Every version of every price list of these plans, by id and version."""
+    return [_version(row) for row in connection.execute(_SELECT_PRICE_LISTS, [sorted(plans)])]
+
+
+_SELECT_METERED = """
+SELECT * FROM (
+    SELECT DISTINCT ON (id) kind, id, version, valid_from, document
+    FROM billing.catalog_version WHERE kind = 'plan' ORDER BY id, version DESC
+) AS newest
+WHERE EXISTS (SELECT FROM jsonb_array_elements(document -> 'charges') AS charge WHERE charge ->> 'meter' = ANY(%s))
+ORDER BY id
+"""
+
+
+def plans_metered_by(connection: "Connection[Any]", meters: Iterable[str]) -> list[Plan]:
+    """The newest version of every plan with a charge on one of these meters, by id."""
+    entries = [_entry(*row) for row in connection.execute(_SELECT_METERED, [sorted(meters)])]
+    return [item for entry in entries if isinstance(item := from_document(entry), Plan)]
+
+
+_SELECT_RELATED = """
+WITH newest AS (
+    SELECT DISTINCT ON (id) kind, id, version, valid_from, document
+    FROM billing.catalog_version WHERE kind = 'account' ORDER BY id, version DESC
+)
+SELECT * FROM newest
+WHERE id = ANY(%(accounts)s) OR document ? 'parent' OR document ? 'aliases'
+ORDER BY id
+"""
+
+
+def related_accounts(connection: "Connection[Any]", accounts: Iterable[str]) -> list[Account]:
+    """The newest version of these accounts, and of all that have a parent or aliases, by id."""
+    entries = [_entry(*row) for row in connection.execute(_SELECT_RELATED, {"accounts": list(accounts)})]
+    return [item for entry in entries if isinstance(item := from_document(entry), Account)]
+
+
+class Issued(NamedTuple):
+    """An account's newest issued period that ends after some time, and its end."""
+
+    account: str
+    end_us: Micros
+
+
+_SELECT_ISSUED = """
+SELECT invoice.account, invoice.period_end
+FROM billing.invoice LEFT JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
+WHERE invoice.state = 'issued' AND invoice.period_end > %(after)s
+    AND (%(account)s::text IS NULL OR invoice.account = %(account)s)
+    AND (%(plan)s::text IS NULL OR line.plan = %(plan)s)
+    AND (%(meter)s::text IS NULL OR line.meter = %(meter)s)
+ORDER BY invoice.period_end DESC LIMIT 1
+"""
+
+
+def issued(
+    connection: "Connection[Any]",
+    after_us: Micros,
+    *,
+    account: str | None = None,
+    plan: str | None = None,
+    meter: str | None = None,
+) -> Issued | None:
+    """The last issued invoice of a period that ends after a time, of an account, with a plan, with a meter."""
+    parameters = {"after": to_datetime(after_us), "account": account, "plan": plan, "meter": meter}
+    row = connection.execute(_SELECT_ISSUED, parameters).fetchone()
+    return None if row is None else Issued(row[0], to_micros(row[1]))
+
+
 # From the lines, not the rows: a few per account and month, found by index.
 _SELECT_RATED = """
 SELECT invoice.account, line.contract, min(line.first_event_at), max(line.last_event_at)
@@ -93,18 +172,17 @@ ORDER BY id, version
 
 def versions(connection: "Connection[Any]", kind: Kind, id: str | None = None) -> list[Version]:
     """Every version of one document, or of all of a kind, by id and version. Raises ValueError for one not readable."""
-    rows = connection.execute(_SELECT_VERSIONS, {"kind": kind, "id": id})
-    return [
-        Version(
-            entry := _entry(*row[:5]), from_document(entry), published_at=row[5], published_by=row[6], reason=row[7]
-        )
-        for row in rows
-    ]
+    return [_version(row) for row in connection.execute(_SELECT_VERSIONS, {"kind": kind, "id": id})]
 
 
 def current(connection: "Connection[Any]", kind: Kind) -> list[Version]:
     """The newest version of every document of a kind, by id."""
     return list({version.entry.id: version for version in versions(connection, kind)}.values())
+
+
+def _version(row: Sequence[Any]) -> Version:
+    entry = _entry(*row[:5])
+    return Version(entry, from_document(entry), published_at=row[5], published_by=row[6], reason=row[7])
 
 
 def _entry(kind: Kind, id: str, version: int, valid_from: datetime, document: dict[str, Any]) -> Entry:

@@ -28,6 +28,14 @@ def apply(
         list[Path], typer.Argument(help="Account files; together they are one whole.", exists=True, dir_okay=False)
     ],
     reason: Annotated[str, typer.Option(help="Why, for the audit log.")] = "",
+    back_dated: Annotated[
+        bool,
+        typer.Option(
+            "--back-dated",
+            help="Let what changed reach into the past, up to the last issued invoice; then `tally rerate` corrects "
+            "the open periods.",
+        ),
+    ] = False,
     wait: Wait = WAIT_S,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -36,7 +44,8 @@ def apply(
 
     What the files do not name stays as it is.
     """
-    publish_and_show(settings_for(data_dir), read_account_files(files), reason=reason, wait=wait, as_json=as_json)
+    settings, drafts = settings_for(data_dir), read_account_files(files)
+    publish_and_show(settings, drafts, reason=reason, wait=wait, as_json=as_json, back_dated=back_dated)
 
 
 @_accounts.command("list")
@@ -50,11 +59,12 @@ def list_(data_dir: DataDir = None, as_json: Json = False) -> None:
     if as_json:
         emit_json([_account_json(account, contracts[account.id]) for account in accounts])
         return
-    table = Table("account", "name", "time zone", "contract", "plan", "from", "until")
+    table = Table("account", "name", "time zone", *_PHASE_COLUMNS)
     for account in accounts:
         head = (account.id, account.name, account.time_zone)
-        for index, row in enumerate([_contract_row(contract) for contract in contracts[account.id]] or [("",) * 4]):
-            table.add_row(*(head if index == 0 else ("",) * 3), *row)
+        rows = [row for contract in contracts[account.id] for row in _phase_rows(contract)]
+        for index, row in enumerate(rows or [("",) * len(_PHASE_COLUMNS)]):
+            table.add_row(*(head if index == 0 else ("",) * len(head)), *row)
     out.print(table)
     if not accounts:
         err.print("No account yet: `tally accounts apply FILE`.")
@@ -62,25 +72,38 @@ def list_(data_dir: DataDir = None, as_json: Json = False) -> None:
 
 @_accounts.command()
 def show(
-    account: Annotated[str, typer.Argument(metavar="ID", help="Account id.")],
+    account: Annotated[str, typer.Argument(metavar="ID", help="Account id, or an alias of it.")],
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """One account, its contracts, and every version of both."""
     with connect(settings_for(data_dir).dsn, application="accounts") as connection:
-        versions = store.versions(connection, "account", account)
+        related = store.related_accounts(connection, [account])
+        found = next((one.id for one in related if account in (one.id, *one.aliases)), account)
+        versions = store.versions(connection, "account", found)
         if not versions:
             fail(f"expected a known account, got {account!r}; `tally accounts list` shows them", EXIT_NOT_FOUND)
-        contracts = store.contracts_of(connection, [account])
+        contracts = store.contracts_of(connection, [found])
         history = [*versions, *(v for c in contracts for v in store.versions(connection, "contract", c.id))]
     item = cast(Account, versions[-1].item)
+    children = [one.id for one in related if one.parent == found]
     if as_json:
-        emit_json({**_account_json(item, contracts), "versions": [_version_json(version) for version in history]})
+        shown = _account_json(item, contracts)
+        emit_json({**shown, "children": children, "versions": [_version_json(version) for version in history]})
         return
     out.print(f"[bold]{item.id}[/]: {item.name}, billed by months of {item.time_zone}", highlight=False)
-    table = Table("contract", "plan", "from", "until")
+    for what, names in (
+        ("customer segment", [item.customer_segment] if item.customer_segment else []),
+        ("also known as", item.aliases),
+        ("belongs to", [item.parent] if item.parent else []),
+        ("has below it", children),
+    ):
+        if names:
+            out.print(f"{what}: {', '.join(names)}", highlight=False)
+    table = Table(*_PHASE_COLUMNS)
     for contract in contracts:
-        table.add_row(*_contract_row(contract))
+        for row in _phase_rows(contract):
+            table.add_row(*row)
     out.print(table)
     changes = Table("", "id", "version", "published", "by", "reason")
     for version in history:
@@ -90,9 +113,22 @@ def show(
     out.print(changes)
 
 
-def _contract_row(contract: Contract) -> tuple[str, str, str, str]:
-    until = "open end" if contract.end_us is None else format_instant(contract.end_us)
-    return contract.id, contract.plan, format_instant(contract.start_us), until
+_PHASE_COLUMNS = ("contract", "plan", "price list", "from", "until")
+
+
+def _phase_rows(contract: Contract) -> list[tuple[str, ...]]:
+    """A row for each phase of a contract, the first with its id."""
+    ends = [*(phase.start_us for phase in contract.later_phases), contract.end_us]
+    return [
+        (
+            "" if number else contract.id,
+            phase.plan,
+            phase.price_list or "",
+            format_instant(phase.start_us),
+            "open end" if end is None else format_instant(end),
+        )
+        for number, (phase, end) in enumerate(zip(contract.phases, ends, strict=True))
+    ]
 
 
 def _account_json(account: Account, contracts: list[Contract]) -> dict[str, Any]:
@@ -101,6 +137,9 @@ def _account_json(account: Account, contracts: list[Contract]) -> dict[str, Any]
         "version": account.version,
         "name": account.name,
         "time_zone": account.time_zone,
+        "customer_segment": account.customer_segment,
+        "parent": account.parent,
+        "aliases": list(account.aliases),
         "contracts": [
             {
                 "id": contract.id,
@@ -108,6 +147,16 @@ def _account_json(account: Account, contracts: list[Contract]) -> dict[str, Any]
                 "plan": contract.plan,
                 "start": format_instant(contract.start_us),
                 "end": None if contract.end_us is None else format_instant(contract.end_us),
+                "legal_entity": contract.legal_entity,
+                "phases": [
+                    {
+                        "start": format_instant(phase.start_us),
+                        "plan": phase.plan,
+                        "price_list": phase.price_list,
+                        "trial_days": phase.trial_days,
+                    }
+                    for phase in contract.phases
+                ],
             }
             for contract in contracts
         ],

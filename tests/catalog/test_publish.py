@@ -311,7 +311,7 @@ def test_a_contract_with_rated_usage_does_not_end_in_the_past(settings: Settings
     for end_us in (today - 30 * DAY_US, today - DAY_US, today + 30_000_000):
         refused = refusal(settings, accounts(contracts(contract("one", today - 60 * DAY_US, end_us))))
         assert refused.startswith("5: accounts[acme].contracts[one].id: expected an end of ")
-        assert refused.endswith("end it later; rating usage again is not possible yet")
+        assert refused.endswith("end it later, or --back-dated and then `tally rerate`")
 
     assert outcomes(publish(settings.dsn, accounts(running), actor="test")) == [
         ("acme", 1, "unchanged"),
@@ -371,3 +371,263 @@ def test_a_move_to_another_contract_in_the_past_is_refused_at_both_ends(
     with pytest.raises(Refused) as refused:
         publish(settings.dsn, moved, actor="test")
     assert [finding.line for finding in refused.value.findings] == [5, 6]
+
+
+# What is back-dated ---------------------------------------------------------------------------------------------------
+
+
+def test_a_back_dated_contract_corrects_open_periods(settings: Settings, accounts: Read, today: int) -> None:
+    publish(settings.dsn, accounts(contracts(contract("one", today - 60 * DAY_US))), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - DAY_US)
+    switch = today - 10 * DAY_US
+    moved = accounts(contracts(contract("one", today - 60 * DAY_US, switch), contract("two", switch)))
+    published = publish(settings.dsn, moved, actor="test", back_dated=True)
+    assert outcomes(published)[1:] == [("one", 2, "changed"), ("two", 1, "new")]
+
+
+def test_a_back_dated_price_counts_between_those_before_and_after(settings: Settings, prices: Read, today: int) -> None:
+    planned, past = today + 2 * DAY_US, today - 5 * DAY_US
+    publish(settings.dsn, prices(PRICES.replace("0.10", "0.2")), actor="test", valid_from=planned)
+    assert "(60 seconds after publishing) or later" in refusal(settings, prices(PRICES), valid_from=past)
+    corrected = publish(settings.dsn, prices(PRICES), actor="test", valid_from=past, back_dated=True)
+    assert [(one.version, one.valid_from_us) for one in corrected if one.kind == "plan"] == [(3, past)]
+
+
+ISSUED = """
+UPDATE billing.invoice SET state = 'issued', period_start = %s, period_end = %s WHERE account = 'acme'
+"""
+
+
+def test_nothing_changes_an_issued_invoice(settings: Settings, prices: Read, accounts: Read, today: int) -> None:
+    publish(settings.dsn, accounts(contracts(contract("one", today - 90 * DAY_US))), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - 45 * DAY_US)
+    end = today - 30 * DAY_US
+    with connect(settings.dsn, application="test") as connection:
+        connection.execute(ISSUED, [to_datetime(end - 30 * DAY_US), to_datetime(end)])
+    changes = {
+        "plans[standard].id": prices(PRICES.replace("0.10", "0.2")),
+        "meters[tokens].id": prices(PRICES.replace("unit: token", "unit: tokens")),
+        "price_lists[cheap].id": prices(PRICES + LIST),
+        "accounts[acme].contracts[one].id": accounts(contracts(contract("one", today - 90 * DAY_US, end - DAY_US))),
+        "accounts[acme].id": accounts(
+            contracts(contract("one", today - 90 * DAY_US)).replace(
+                "name: Acme", f"name: Acme\n    customer_segment: x\n    valid_from: {format_instant(end - DAY_US)}"
+            )
+        ),
+    }
+    for place, drafts in changes.items():
+        refused = refusal(settings, drafts, valid_from=end - DAY_US, back_dated=True)
+        assert f"{place}: expected a time after {format_instant(end)}" in refused
+        assert refused.endswith(f"got {format_instant(end - DAY_US)}: begin later")
+    for place, drafts in changes.items():
+        if not place.startswith("accounts"):
+            assert publish(settings.dsn, drafts, actor="test", valid_from=end, back_dated=True)
+
+
+# Price lists ----------------------------------------------------------------------------------------------------------
+
+LIST = """\
+price_lists:
+  - {id: cheap, name: Cheap, plan: standard, currency: USD, customer_segment: x,
+     charges: [{id: tokens, unit_price: 0.05}]}
+"""
+
+
+def test_a_price_list_counts_from_the_beginning_only_with_its_plan(settings: Settings, prices: Read) -> None:
+    both = publish(settings.dsn, prices(PRICES + LIST), actor="test")
+    assert [(one.kind, one.valid_from_us) for one in both][-1] == ("price_list", BEGINNING)
+    other = PRICES + LIST.replace("cheap", "other").replace("segment: x", "segment: y")
+    late = publish(settings.dsn, prices(other), actor="test")[-1]
+    assert (late.outcome, late.version) == ("new", 1)
+    assert 55_000_000 < late.valid_from_us - now_us() <= 61_000_000, (
+        "who has the plan already pays its price until then"
+    )
+    named = PRICES + LIST.replace("cheap", "named").replace("customer_segment: x,", "")
+    assert publish(settings.dsn, prices(named), actor="test")[-1].valid_from_us == BEGINNING, "nobody names it yet"
+
+
+def test_a_plan_keeps_the_charges_that_price_lists_override(settings: Settings, prices: Read) -> None:
+    publish(settings.dsn, prices(PRICES + LIST), actor="test")
+    renamed = PRICES.replace("- {id: tokens, meter", "- {id: input, meter")
+    assert refusal(settings, prices(renamed)) == (
+        "4: plans[standard].id: expected charge 'tokens' in plan 'standard', since price list 'cheap' overrides it"
+    )
+    repriced = PRICES.replace("model: per_unit, unit_price: 0.10", "model: volume, tiers: [{unit_price: 1}]")
+    assert refusal(settings, prices(repriced)).endswith(
+        "under price list 'cheap': charge tokens: expected fields of a volume charge, got unit_price"
+    )
+    ended = renamed + LIST.replace("charges: [{id: tokens, unit_price: 0.05}]", "charges: []")
+    assert outcomes(publish(settings.dsn, prices(ended), actor="test")) == [
+        ("tokens", 1, "unchanged"),
+        ("standard", 2, "changed"),
+        ("cheap", 2, "changed"),
+    ]
+
+
+def test_a_price_list_fits_every_version_of_its_plan_to_come(settings: Settings, prices: Read, today: int) -> None:
+    renamed = PRICES.replace("- {id: tokens, meter", "- {id: input, meter")
+    publish(settings.dsn, prices(renamed), actor="test", valid_from=today + DAY_US)
+    alone = prices(PRICES + LIST)  # as an approval has it: what did not change is not there
+    alone.meters, alone.plans = [], []
+    assert "expected charge 'tokens' in plan 'standard' version 2" in refusal(settings, alone)
+
+
+def test_a_price_list_that_contradicts_another(settings: Settings, prices: Read) -> None:
+    publish(settings.dsn, prices(PRICES + LIST), actor="test")
+    other = refusal(settings, prices(PRICES + LIST.replace("id: cheap", "id: other")))
+    assert other.endswith("for customer segment 'x', got 'other' beside 'cheap': put their charges into one")
+    moved = refusal(settings, prices(PRICES + LIST.replace("segment: x", "segment: y")))
+    assert "expected a price list of plan 'standard' for x, as in version 1, got a price list of plan" in moved
+    own = LIST.replace("id: cheap", "id: own").replace("customer_segment: x", "account: acme")
+    assert refusal(settings, prices(PRICES + own)).endswith(
+        "expected a published account, got 'acme': `tally accounts apply` comes first"
+    )
+
+
+def test_lists_that_no_plan_can_have_together(settings: Settings, prices: Read, accounts: Read) -> None:
+    """The segment's replaces the model, the account's changes a field that the new model has not."""
+    publish(settings.dsn, prices(PRICES), actor="test")
+    publish(settings.dsn, accounts(ACCOUNTS), actor="test")
+    replaced = LIST.replace("unit_price: 0.05", "model: volume, tiers: [{unit_price: 1}]")
+    publish(settings.dsn, prices(PRICES + replaced), actor="test")
+    own = LIST.replace("cheap", "own").replace("customer_segment: x", "account: acme")
+    assert refusal(settings, prices(PRICES + own)).endswith(
+        "to have a price under price list 'cheap' and 'own': charge tokens: expected fields of a volume charge, got "
+        "unit_price"
+    )
+
+
+def test_a_meter_keeps_what_published_plans_need(settings: Settings, prices: Read) -> None:
+    split = PRICES.replace("unit: token", "unit: token, dimensions: [model]")
+    split = split.replace("unit_price: 0.10}", "unit_price: 0.10, by: [model]}")
+    pooled = split + "    pools: [{id: p, unit: token, included: 5, charges: [tokens]}]\n"
+    publish(settings.dsn, prices(pooled), actor="test")
+    alone = split[: split.index("plans:")]
+    assert outcomes(publish(settings.dsn, prices(alone), actor="test")) == [("tokens", 1, "unchanged")]
+    assert "plan 'standard': charge tokens: expected dimensions of meter tokens" in refusal(
+        settings, prices(alone.replace("[model]", "[region]"))
+    )
+    assert "expected unit token, that of pool 'p' of plan 'standard', got piece" in refusal(
+        settings, prices(alone.replace("unit: token", "unit: piece"))
+    )
+
+
+# Phases, customer segments, relations ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plans(settings: Settings, prices: Read) -> None:
+    text = PRICES + PRICES[PRICES.index("  - id: standard") :].replace("standard", "plus")
+    text += PRICES[PRICES.index("  - id: standard") :].replace("standard", "euro").replace("USD", "EUR")
+    named = LIST.replace("customer_segment: x,", "")
+    publish(settings.dsn, prices(text + named + LIST.replace("cheap", "edu")[len("price_lists:\n") :]), actor="test")
+
+
+def phased(*phases: str, more: str = "") -> str:
+    text = "accounts:\n  - id: acme\n    name: Acme\n    contracts:\n"
+    text += f"      - {{id: one, plan: standard, start: 2026-01-01{more}, phases: [{', '.join(phases)}]}}\n"
+    return text
+
+
+PHASES = {
+    "a plan of another currency": (
+        phased("{start: 2027-01-01, plan: euro}"),
+        "expected plans of one currency, since a contract has one, got USD and EUR: make it two contracts",
+    ),
+    "a plan that is not there": (phased("{start: 2027-01-01, plan: pluss}"), "expected a published plan, got 'pluss'"),
+    "a price list that is not there": (
+        phased("{start: 2027-01-01, price_list: chep}"),
+        "expected a price list of plan 'standard', got 'chep': did you mean 'cheap'?",
+    ),
+    "a price list of another plan": (
+        phased("{start: 2027-01-01, plan: plus, price_list: cheap}"),
+        "expected a price list of plan 'plus', got 'cheap'",
+    ),
+    "a price list for a customer segment": (
+        phased("{start: 2027-01-01, price_list: edu}"),
+        "expected a price list for the contracts that name it, got 'edu', for x",
+    ),
+}
+
+
+@pytest.mark.usefixtures("plans")
+def test_a_mistake_in_a_phase(settings: Settings, accounts: Read) -> None:
+    for mistake, (text, expected) in PHASES.items():
+        refused = refusal(settings, accounts(text))
+        assert refused.startswith(f"5: accounts[acme].contracts[one].plan: {expected}"), mistake
+
+
+@pytest.mark.usefixtures("plans")
+def test_what_of_a_contract_has_begun_stays(settings: Settings, accounts: Read) -> None:
+    ramp = phased("{start: 2026-03-01, price_list: cheap}", "{start: 2090-01-01, plan: plus}", more=", trial_days: 7")
+    publish(settings.dsn, accounts(ramp), actor="test")
+    later = publish(settings.dsn, accounts(ramp.replace("2090-01-01", "2091-01-01")), actor="test")
+    assert outcomes(later)[1:] == [("one", 2, "changed")], "what has not begun may change"
+    changes = [
+        (("2026-03-01", "2026-04-01"), "expected the phases of 'one' up to "),
+        ((", price_list: cheap", ", plan: plus"), "expected the phases of 'one' up to "),
+        (
+            ("trial_days: 7", "trial_days: 70"),
+            "(standard from 2026-01-01T00:00:00Z, 7 days of trial; standard with list",
+        ),
+        (("start: 2090-01-01, plan: plus", "start: 2026-04-01, plan: plus"), "begin a new phase after it"),
+    ]
+    for change, expected in changes:
+        changed = accounts(ramp.replace(*change))
+        assert expected in refusal(settings, changed)
+    assert outcomes(publish(settings.dsn, changed, actor="test", back_dated=True))[1:] == [("one", 3, "changed")]
+
+
+def test_a_contract_keeps_its_legal_entity(settings: Settings, prices: Read, accounts: Read) -> None:
+    publish(settings.dsn, prices(PRICES), actor="test")
+    publish(settings.dsn, accounts(phased(more=", legal_entity: acme-inc")), actor="test")
+    moved = accounts(phased(more=", legal_entity: acme-gmbh"))
+    assert "expected legal_entity acme-inc, since 'one' has begun" in refusal(settings, moved, back_dated=True)
+
+
+def test_a_customer_segment_changes_from_a_time_on(settings: Settings, prices: Read, accounts: Read) -> None:
+    publish(settings.dsn, prices(PRICES), actor="test")
+    segmented = ACCOUNTS.replace("name: Acme", "name: Acme\n    customer_segment: x")
+    assert publish(settings.dsn, accounts(segmented), actor="test")[0].valid_from_us == BEGINNING
+    moved = segmented.replace("segment: x", "segment: y")
+    begins = publish(settings.dsn, accounts(moved), actor="test")[0].valid_from_us
+    assert 55_000_000 < begins - now_us() <= 61_000_000
+    renamed = publish(settings.dsn, accounts(moved.replace("Acme", "Acme Ltd")), actor="test")[0]
+    assert (renamed.version, renamed.valid_from_us) == (3, begins), "the segment counts from when it did"
+    dated = moved.replace("Acme", "Acme Inc") + "    valid_from: 2030-01-01\n"
+    assert "expected no valid_from, since of an account only a change of customer_segment" in refusal(
+        settings, accounts(dated)
+    )
+    early = moved.replace("segment: y", "segment: z\n    valid_from: 2026-01-01")
+    assert "(60 seconds after publishing) or later" in refusal(settings, accounts(early))
+
+
+FAMILY = "accounts:\n  - {id: group, name: Group, aliases: [holding]}\n  - {id: child, name: Child, parent: group}\n"
+RELATIONS = {
+    "a parent that is not there": (
+        "accounts:\n  - {id: a, name: A, parent: b}\n",
+        "2: accounts[a].id: expected an account as parent, got 'b'",
+    ),
+    "a circle with what is published": (
+        "accounts:\n  - {id: group, name: Group, aliases: [holding], parent: child}\n",
+        "2: accounts[group].id: expected a parent that is not below the account, got child under group under child",
+    ),
+    "an alias that is another's": (
+        "accounts:\n  - {id: a, name: A, aliases: [holding]}\n",
+        "2: accounts[a].id: expected a name of no other account, got 'holding', a name of 'group'",
+    ),
+    "an alias that is another's id": (
+        "accounts:\n  - {id: a, name: A, aliases: [child]}\n",
+        "2: accounts[a].id: expected a name of no other account, got 'child', a name of 'child'",
+    ),
+    "an id that is another's alias": (
+        "accounts:\n  - {id: holding, name: A}\n",
+        "2: accounts[holding].id: expected a name of no other account, got 'holding', a name of 'group'",
+    ),
+}
+
+
+def test_a_contradiction_to_other_accounts(settings: Settings, accounts: Read) -> None:
+    publish(settings.dsn, accounts(FAMILY), actor="test")
+    for contradiction, (text, expected) in RELATIONS.items():
+        assert refusal(settings, accounts(text)).startswith(expected), contradiction

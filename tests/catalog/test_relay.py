@@ -1,7 +1,6 @@
 """The relay on a real Kafka and PostgreSQL: fast, whole, and nothing lost when it dies."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from pipeline.catalog import relay
 from pipeline.catalog.files import read_account_files, read_price_files
 from pipeline.catalog.publish import publish
-from pipeline.core.catalog import Catalog, Entry, Terms
-from pipeline.core.periods import parse_instant, to_micros
+from pipeline.core.catalog import Terms
+from pipeline.core.periods import parse_instant
 from pipeline.infra.avro import CATALOG, load_schemas
 from pipeline.infra.postgres import connect
 from pipeline.infra.resources import demo_dir
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
+from pipeline.rating.catalog_feed import CatalogFeed
 
 PRICES, ACCOUNTS = demo_dir() / "prices.yaml", demo_dir() / "accounts.yaml"
 
@@ -154,17 +155,37 @@ def test_a_publication_reaches_the_topic_in_under_two_seconds(settings: Settings
     assert len(keys) == len(set(keys)) == 2 + 1 + 12 + 12 + 1
 
 
-def test_what_the_topic_holds_is_the_catalog(settings: Settings) -> None:
+PRICE_LIST = """\
+price_lists:
+  - {id: own, name: Own, plan: llm-standard, currency: USD, account: acct-03, valid_from: 2026-03-01,
+     charges: [{id: output-tokens, unit_price: 0.00001}]}
+"""
+
+
+def test_what_the_topic_holds_is_the_catalog(settings: Settings, tmp_path: Path) -> None:
+    """As a rater reads it."""
     publish_demo(settings)
+    (tmp_path / "own.yaml").write_text(PRICE_LIST)
+    publish(settings.dsn, read_price_files([PRICES, tmp_path / "own.yaml"]), actor="test", back_dated=True)
     with relaying(settings):
         eventually(lambda: waiting(settings) == 0)
-    entries = [
-        Entry(r["kind"], r["id"], r["version"], to_micros(r["valid_from"]), json.loads(r["document"]))
-        for r in all_there(settings).records
-    ]
-    terms = Catalog.empty().extend(entries, 99).terms("acct-03", "llm.request", parse_instant("2026-03-15T00:00:00Z"))
+    failures: list[BaseException] = []
+    feed = CatalogFeed(settings.kafka, Topics(settings.topic_prefix), load_schemas(), failures.append)
+    feed.start()
+    try:
+        assert feed.wait_ready(20)
+    finally:
+        feed.stop()
+        feed.join(20)
+    assert failures == []
+    terms = feed.view.catalog.terms("acct-03", "llm.request", parse_instant("2026-03-15T00:00:00Z"))
     assert isinstance(terms, Terms)
-    assert [charge.id for charge, _ in terms.priced] == ["input-tokens", "output-tokens"]
+    assert [(charge.id, charge.unit_price) for charge, _ in terms.priced] == [
+        ("input-tokens", None),
+        ("output-tokens", Decimal("0.00001")),
+    ]
+    assert terms.segment.price_version == "llm-standard@1+own@1"
+    assert all_there(settings).records[-1]["kind"] == "plan", "what older readers stop at, since it says what they lack"
 
 
 KILLED = """

@@ -31,6 +31,9 @@ def test_apply_list_and_show(tally: Tally) -> None:
         "version": 1,
         "name": "Demo customer 03",
         "time_zone": "UTC",
+        "customer_segment": None,
+        "parent": None,
+        "aliases": [],
         "contracts": [
             {
                 "id": "acct-03-main",
@@ -38,6 +41,15 @@ def test_apply_list_and_show(tally: Tally) -> None:
                 "plan": "llm-standard",
                 "start": "2020-01-01T00:00:00Z",
                 "end": None,
+                "legal_entity": "",
+                "phases": [
+                    {
+                        "start": "2020-01-01T00:00:00Z",
+                        "plan": "llm-standard",
+                        "price_list": None,
+                        "trial_days": None,
+                    }
+                ],
             }
         ],
     }
@@ -49,6 +61,22 @@ def test_apply_list_and_show(tally: Tally) -> None:
     assert [version["kind"] for version in tally.json("accounts", "show", "acct-03")["versions"]] == [
         "account",
         "contract",
+    ]
+
+
+def test_segment_family_and_phases(tally: Tally) -> None:
+    tally("plans", "publish", demo_dir() / "all-prices.yaml", "--wait", 0)
+    tally("accounts", "apply", demo_dir() / "all-accounts.yaml", "--wait", 0)
+    shown = tally("accounts", "show", "crm-4711").stdout
+    assert "acme: Acme, billed by months of Europe/Berlin" in shown
+    assert "customer segment: education" in shown
+    assert "belongs to: acme-group" in shown
+    parent, child = tally.json("accounts", "show", "acme-group"), tally.json("accounts", "show", "acme")
+    assert parent["children"] == ["acme"]
+    assert [(phase["start"], phase["price_list"]) for phase in child["contracts"][0]["phases"]] == [
+        ("2025-12-31T23:00:00Z", "ramp-year-1"),
+        ("2026-12-31T23:00:00Z", None),
+        ("2027-12-31T23:00:00Z", "ramp-year-1"),
     ]
 
 

@@ -27,9 +27,22 @@ def edited(folder: Path, old: str, new: str) -> Path:
     return file
 
 
+def propose(tally: Tally, file: Path, *options: object) -> str:
+    """What a change of a published price says, which waits for a second person."""
+    done = tally("plans", "publish", file, *options)
+    assert "Proposed, not published yet" in done.stderr
+    return done.stdout
+
+
 def test_check_of_a_right_file(tally: Tally) -> None:
     assert tally("plans", "check", PRICES).stdout == "No mistakes: 2 meters, 1 plan, 2 charges.\n"
-    assert tally.json("plans", "check", PRICES) == {"meters": 2, "plans": 1, "charges": 2, "findings": []}
+    assert tally.json("plans", "check", PRICES) == {
+        "meters": 2,
+        "plans": 1,
+        "charges": 2,
+        "price_lists": 0,
+        "findings": [],
+    }
 
 
 def test_check_names_every_mistake_with_its_line(tally: Tally, tmp_path: Path) -> None:
@@ -64,10 +77,9 @@ def test_publish_list_and_show(tally: Tally, tmp_path: Path) -> None:
     again = tally("plans", "publish", PRICES, "--wait", 0)
     assert "Nothing changed, nothing published." in again.stderr
     cheaper = edited(tmp_path, "0.000015", "0.000014")
-    changed = tally(
-        "plans", "publish", cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--reason", "spring", "--wait", 0
-    )
-    assert "1 published, 2 unchanged." in changed.stderr
+    propose(tally, cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--reason", "spring")
+    changed = tally("plans", "approve", 1, "--by", "bob", "--wait", 0)
+    assert "1 published, 0 unchanged." in changed.stderr
     assert "2100-01-01T00:00:00Z" in changed.stdout
 
     (listed,) = tally.json("plans", "list")
@@ -118,7 +130,8 @@ def test_a_publication_without_a_relay_is_a_warning_of_what_follows(tally: Tally
     assert "WARNING: raters do not have this yet: no relay is running (`tally status`). 3 of 3 wait." in first.stderr
     assert "Until then usage that needs it is refused or parked" in first.stderr
     cheaper = edited(tmp_path, "0.000015", "0.000014")
-    changed = tally("plans", "publish", cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--wait", 0).stderr
+    propose(tally, cheaper, "--valid-from", "2100-01-01T00:00:00Z", "--reason", "spring")
+    changed = tally("plans", "approve", 1, "--by", "bob", "--wait", 0).stderr
     assert "It counts from 2100-01-01T00:00:00Z anyway: usage from then on" in changed
     assert "start it: `tally up`, or `tally relay`" in changed
     again = tally("plans", "publish", cheaper, "--wait", 0, "--json")
@@ -143,3 +156,74 @@ def test_a_publication_waits_until_raters_have_it(tally: Tally, settings: Settin
     # Nobody need be there when nothing waits.
     again = tally("plans", "publish", PRICES)
     assert "Raters have it since" in again.stderr and "WARNING" not in again.stderr
+
+
+def test_a_price_manager_s_session(tally: Tally, tmp_path: Path) -> None:
+    """As the README tells it: look at the difference, propose, a second person, and back again."""
+    tally("plans", "publish", PRICES, "--reason", "launch", "--wait", 0)
+    dearer = edited(tmp_path, "0.000015", "0.00003")
+    change = "  charge output-tokens: unit price 0.000015 → 0.00003 (+100 %)"
+    assert change in tally("plans", "diff", dearer).stdout.splitlines()
+    assert change in propose(tally, dearer, "--reason", "output tokens cost more").splitlines()
+    assert [plan["version"] for plan in tally.json("plans", "list")] == [1]
+    assert "plan llm-standard" in tally("plans", "proposals").stdout
+
+    own = tally("plans", "approve", 1, code=4)
+    assert own.stderr == "error: expected another person than its proposer ada to approve it, got ada\n"
+    approved = tally.json("plans", "approve", 1, "--by", "bob", "--reason", "agreed", "--wait", 0)
+    assert [(one["id"], one["version"]) for one in approved["published"]] == [("llm-standard", 2)]
+    shown = tally("plans", "proposals", 1).stdout
+    assert change in shown.splitlines() and "Approved by bob at 2" in shown
+    (decided,) = tally.json("plans", "proposals", "--all")
+    assert (decided["state"], decided["proposed_by"], decided["decision"]["decided_by"]) == ("approved", "ada", "bob")
+
+    back = tally("plans", "rollback", "llm-standard", "--reason", "too dear").stdout
+    assert "  charge output-tokens: unit price 0.00003 → 0.000015 (-50 %)" in back.splitlines()
+    tally("plans", "approve", 2, "--by", "bob", "--wait", 0)
+    history = tally("plans", "show", "llm-standard").stdout
+    assert history.count("ada, approved by bob") == 2 and "output tokens cost more" in history
+    newest = tally.json("plans", "show", "llm-standard")
+    assert (newest["version"], newest["charges"][1]["unit_price"]) == (3, "0.000015")
+
+
+def test_a_proposal_as_data(tally: Tally, tmp_path: Path) -> None:
+    tally("plans", "publish", PRICES, "--wait", 0)
+    cheaper = edited(tmp_path, "0.0000025", "0.000002")
+    proposal = tally.json("plans", "publish", cheaper, "--reason", "spring", "--valid-from", "+2h")["proposal"]
+    assert (proposal["id"], proposal["state"], proposal["valid_from"]) == (1, "open", "7200 seconds after approval")
+    (document,) = proposal["documents"]
+    assert (document["kind"], document["id"], document["version_before"]) == ("plan", "llm-standard", 1)
+    assert document["changes"] == [
+        {
+            "path": "charges[input-tokens].tiers[#2].unit_price",
+            "before": "0.0000025",
+            "after": "0.000002",
+            "percent": "-20",
+            "words": "charge input-tokens, tier 2 (500,000 to 1,200,000): unit price 0.0000025 → 0.000002 (-20 %)",
+        }
+    ]
+    example = {"charge": "input-tokens", "quantity": "1200000", "before": "3.25", "after": "2.9"}
+    assert document["examples"][1] == example
+    assert tally.json("plans", "diff", cheaper)[2]["changes"] == document["changes"]
+
+
+def test_what_a_proposal_needs(tally: Tally, tmp_path: Path) -> None:
+    tally("plans", "publish", PRICES, "--wait", 0)
+    cheaper = edited(tmp_path, "0.000015", "0.000014")
+    assert "expected a reason for the change" in tally("plans", "publish", cheaper, code=2).stderr
+    assert "expected a proposal, got 7" in tally("plans", "approve", 7, "--by", "bob", code=3).stderr
+    assert "expected an earlier version of plan 'llm-standard'" in (
+        tally("plans", "rollback", "llm-standard", "--reason", "back", code=3).stderr
+    )
+    assert "expected a plan's id, or meter/ID" in tally("plans", "rollback", "x/y", "--reason", "back", code=2).stderr
+    propose(tally, cheaper, "--reason", "spring")
+    assert "Proposal 1 is rejected." in tally("plans", "reject", 1, "--reason", "not yet").stderr
+
+
+def test_one_pair_of_eyes_where_that_is_set(settings: Settings, tmp_path: Path) -> None:
+    alone = Tally(settings, TALLY_FOUR_EYES="false")
+    alone("plans", "publish", PRICES, "--wait", 0)
+    cheaper = edited(tmp_path, "0.000015", "0.000014")
+    changed = alone.json("plans", "publish", cheaper, "--wait", 0)
+    back = alone.json("plans", "rollback", "llm-standard", "--reason", "back", "--wait", 0)
+    assert [[one["version"] for one in said["published"]] for said in (changed, back)] == [[1, 1, 2], [3]]
