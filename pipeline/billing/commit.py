@@ -285,23 +285,28 @@ WHERE line.id = sums.line_id
 """
 
 
+#: What a row of a kind adds to the number of events on its line: one that was taken back no longer counts.
+_EVENTS = {"usage": 1, "void": -1, "correction": 1}
+
+
 def _add_to_lines(connection: "Connection[Any]", rows: list[_OpenRow]) -> None:
-    """Add inserted rows to their lines: quantity and amount of all, how many events of usage, and when."""
+    """Add inserted rows to their lines: what they moved the quantity by, their amounts, how many events, and when."""
     if not rows:
         return
     # Per line: quantity in 1e-9, amount in 1e-12, events, late ones, first and last time in microseconds.
     sums: dict[int, list[int]] = {}
     for (_, _, row, _), line in rows:
-        head, _, _, kind, quantity, _, _, amount, late = row
+        head, _, _, kind, _, before, after, amount, late = row
+        quantity = after - before  # of a meter that is no sum, not what the event measured
         at_us = head.timestamp_us
-        is_usage = kind == "usage"
+        counts = _EVENTS[kind]
         if (of_line := sums.get(line.id)) is None:
-            sums[line.id] = [quantity, amount, int(is_usage), int(late and is_usage), at_us, at_us]
+            sums[line.id] = [quantity, amount, counts, late * counts, at_us, at_us]
             continue
         of_line[0] += quantity
         of_line[1] += amount
-        of_line[2] += is_usage
-        of_line[3] += late and is_usage
+        of_line[2] += counts
+        of_line[3] += late * counts
         if at_us < of_line[4]:
             of_line[4] = at_us
         elif at_us > of_line[5]:

@@ -9,7 +9,7 @@ class PlainRows:
         row_type: type[Row],
         kinds: tuple[str, ...],
         frames: Collection[bytes],
-        terms: dict[str, list[tuple[bytes, Terms]]],
+        terms: dict[str, dict[bytes, Terms]],
         limits: tuple[int, int, int],
     ) -> None: ...
     def met(self, head: Head, data: bytes, size: int) -> None: ...

@@ -70,6 +70,32 @@ cdef str _text(Cursor* cursor):
     return PyUnicode_DecodeUTF8(start, size, NULL)
 
 
+cdef int _skip_text(Cursor* cursor) except -1:
+    cdef int64_t size = _long(cursor)
+    if size < 0 or size > cursor.size - cursor.at:
+        raise NotPlain
+    cursor.at += size
+    return 0
+
+
+cdef int _skip_terms(Cursor* cursor) except -1:
+    """Go behind what all rows of a line share, contract to price class."""
+    _skip_text(cursor)  # contract
+    _skip_text(cursor)  # plan
+    _long(cursor)
+    _skip_text(cursor)  # meter
+    _long(cursor)
+    _skip_text(cursor)  # price version
+    _skip_text(cursor)  # charge
+    _long(cursor)  # start and end of the period, start of the segment
+    _long(cursor)
+    _long(cursor)
+    _skip_text(cursor)  # cell
+    _skip_text(cursor)  # currency
+    _long(cursor)  # price class
+    return 0
+
+
 cdef object _decimal(Cursor* cursor):
     cdef Py_ssize_t size, i
     cdef int64_t value
@@ -128,12 +154,12 @@ cdef class PlainRows:
 
     cdef object _read(self, bytes data):
         cdef Cursor cursor
+        cdef bytes run
         cdef Py_ssize_t size
         cdef int64_t entry
         cdef uint8_t kind, late
         cdef PyObject* known
-        cdef tuple one
-        cdef object run, terms = None
+        cdef object terms
         cursor.data, cursor.size = <const uint8_t*>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
         if (
             self.head is not None
@@ -150,15 +176,13 @@ cdef class PlainRows:
         known = PyDict_GetItem(self.terms, <object>PyTuple_GET_ITEM(self.head, 1))
         if known is NULL:
             return None
-        for one in <list>known:
-            run = <object>PyTuple_GET_ITEM(one, 0)
-            size = PyBytes_GET_SIZE(run)
-            if size <= cursor.size - cursor.at and memcmp(cursor.data + cursor.at, PyBytes_AS_STRING(run), size) == 0:
-                terms = <object>PyTuple_GET_ITEM(one, 1)
-                cursor.at += size
-                break
-        if terms is None:
+        size = cursor.at
+        _skip_terms(&cursor)
+        run = PyBytes_FromStringAndSize(<const char*>cursor.data + size, cursor.at - size)
+        known = PyDict_GetItem(<dict>known, run)
+        if known is NULL:
             return None
+        terms = <object>known
 
         entry = _int(&cursor)
         if cursor.at >= cursor.size:

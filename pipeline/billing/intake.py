@@ -17,7 +17,7 @@ from pipeline.billing.sequences import ControlTotal
 from pipeline.billing.unrated import Letter, Resolution
 from pipeline.core.periods import to_datetime
 from pipeline.core.usage import SEQUENCE_BLOCK
-from pipeline.infra.avro import CONTROLS, DEAD_LETTER, RECEIPTS, Record, Schemas, frame
+from pipeline.infra.avro import CONTROLS, CORRECTIONS, DEAD_LETTER, RECEIPTS, Record, Schemas, frame
 from pipeline.infra.topics import Topics
 from pipeline.infra.wire import FRAME_BYTES
 
@@ -74,6 +74,7 @@ class Intake:
         self._receipts = PlainReader(schemas, RECEIPTS)
         self._controls = PlainReader(schemas, CONTROLS)
         self._letters = PlainReader(schemas, DEAD_LETTER)
+        self._corrections = frozenset(frame(schema_id) for schema_id in schemas.ids(CORRECTIONS))
 
     def sort(self, messages: Sequence[Message], positions: dict[Place, int]) -> Batch:
         """Decode messages that come in offset order per partition, none of them an error.
@@ -97,6 +98,8 @@ class Intake:
                     self._add_receipt(batch, message, value)
                 elif topic == self._topics.controls:
                     batch.controls.append(self._control_total(value))
+                elif topic == self._topics.retry and value[:FRAME_BYTES] in self._corrections:
+                    pass  # on its way to the rater; PostgreSQL, where it was decided, holds all of it
                 else:
                     dead = topic == self._topics.dead_letter
                     batch.letters.append(Letter(topic, partition, offset, self._letter(value), dead))
@@ -117,6 +120,7 @@ class Intake:
             if not (0 <= one["block"] <= _BLOCK_MAX and numbers <= SEQUENCE_BLOCK):
                 raise Malformed(f"expected a block of {SEQUENCE_BLOCK} numbers, got {numbers} in block {one['block']}")
         latest_us = record["latest_event_at"]
+        record.setdefault("corrections", 0)  # before there were any
         record["latest_event_at"] = None if latest_us is None else _instant(latest_us)
         committed_at = _instant(message.timestamp()[1] * 1000)
         batch.receipts.append(Receipt(*_place(message), value, record, committed_at))

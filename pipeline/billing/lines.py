@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
-from pipeline.billing.rated import Row, Terms
+from pipeline.billing.rated import PRICE_CLASSES, PriceClass, Row, Terms
 from pipeline.core.periods import to_datetime
 
 #: Values of a reference property kept on a line; finance looks others up in the rated usage.
@@ -60,6 +60,7 @@ class Lines:
         create = sorted((key for key in missing if invoice_of[key] in still_open), key=_line_order)
         if create:
             ids = _create_lines(connection, [(invoice_of[key], key[1]) for key in create])
+            _set_price_classes(connection, zip(ids, create, strict=True))
             for key, line_id in zip(create, ids, strict=True):
                 self._lines[key] = Line(line_id, invoice_of[key], self._references_of(connection, key[1]))
         return {key: self._lines[key] for key in keys if invoice_of[key] in still_open}
@@ -90,10 +91,10 @@ def _invoice_key(key: LineKey) -> InvoiceKey:
     return account, terms.currency, terms.period_start_us, terms.period_end_us
 
 
-def _line_order(key: LineKey) -> tuple[str, str, int, str, str, int, int]:
+def _line_order(key: LineKey) -> tuple[str, str, int, str, str, int, int, str]:
     account, terms = key
     counter = account, terms.contract, terms.segment_start_us, terms.charge, terms.cell
-    return *counter, terms.plan_version, terms.meter_version
+    return *counter, terms.plan_version, terms.meter_version, terms.price_version
 
 
 # Sorted, so that two sinks that create the same invoices wait for each other in one order.
@@ -166,6 +167,24 @@ def _create_lines(connection: "Connection[Any]", lines: list[tuple[int, Terms]])
     ]
     connection.execute(_CREATE_LINES, columns)
     return [line_id for (line_id,) in connection.execute(_SELECT_LINES, columns)]
+
+
+# A line keeps the least sure class it met; the type's order is that of sureness.
+_SET_PRICE_CLASSES = """
+UPDATE billing.invoice_line AS line SET price_class = met.price_class
+FROM unnest(%s::bigint[], %s::billing.price_class[]) AS met (id, price_class)
+WHERE line.id = met.id AND line.price_class < met.price_class
+"""
+
+
+def _set_price_classes(connection: "Connection[Any]", met: Iterable[tuple[int, LineKey]]) -> None:
+    """A new line is of class running until said otherwise."""
+    classes: dict[int, PriceClass] = {}
+    for line_id, (_, terms) in met:
+        if PRICE_CLASSES.index(terms.price_class) > PRICE_CLASSES.index(classes.get(line_id, "running")):
+            classes[line_id] = terms.price_class
+    if classes:
+        connection.execute(_SET_PRICE_CLASSES, [list(classes), list(classes.values())])
 
 
 # -- reference values

@@ -1,14 +1,14 @@
 """RatedUsage off the wire, for the sink's hot path: bytes in, one named tuple per row out.
 
 The rater writes an event's rows one after another, all beginning with the same bytes (event, origin, identity, catalog
-offset), and an account's rows repeat the same terms (contract to currency). Avro is prefix-free, so bytes that begin
+offset), and an account's rows repeat the same terms (contract to price class). Avro is prefix-free, so bytes that begin
 with an already decoded run hold exactly that run: both are decoded once and recognised by ``bytes.startswith``.
 ``tests/billing/test_rated.py`` holds this reader against fastavro.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pipeline.infra.avro import RATED, Schemas, frame
 from pipeline.infra.wire import FRAME_BYTES
@@ -20,13 +20,16 @@ except ImportError:  # installed without a C compiler: slower, the same in all e
     PlainRows = None
 
 KINDS = ("usage", "void", "correction")
+PriceClass: TypeAlias = Literal["running", "per_event", "period"]
+#: In the order of the schema's symbols.
+PRICE_CLASSES: tuple[PriceClass, ...] = ("running", "per_event", "period")
 _IDENTITY_BYTES = 16
 #: An Avro long is at most ten groups of seven bits.
 _VARINT_BYTES_MAX = 10
 #: Accounts whose terms are remembered; about 1 KB each.
 _ACCOUNTS_MAX = 50_000
-#: Terms remembered per account: charges times segments. More are decoded anew, at a few microseconds each.
-_TERMS_MAX = 32
+#: Terms remembered per account: charges times cells and segments. More are decoded anew, at a few microseconds each.
+_TERMS_MAX = 256
 #: Longest charge and cell, in characters: both stand in the unique index of rows, whose entries are bounded.
 _CHARGE_MAX, _CELL_MAX = 200, 400
 #: Longest account, in characters, and most bytes of all terms of a row together: they stand in unique indexes too, of
@@ -81,10 +84,15 @@ class Terms:
     segment_start_us: int
     cell: str
     currency: str
+    price_class: PriceClass = "running"
 
 
 class Row(NamedTuple):
-    """One event priced for one charge. Quantities count 1e-9 of a unit, the amount 1e-12 of the currency: exact."""
+    """One event priced for one charge. Quantities count 1e-9 of a unit, the amount 1e-12 of the currency: exact.
+
+    What an event adds to its counter's quantity is ``quantity_after - quantity_before``: of a meter that is no sum (a
+    maximum, a latest value) that is not what it measured, its ``quantity``.
+    """
 
     head: Head
     terms: Terms
@@ -100,11 +108,14 @@ class Row(NamedTuple):
 class Reader:
     """Reads framed RatedUsage. Holds what it decoded last, so one per consumer; not for several threads."""
 
-    def __init__(self, frames: Iterable[bytes]) -> None:
+    def __init__(self, frames: Iterable[bytes], unclassed: Iterable[bytes] = ()) -> None:
+        """``unclassed``: frames of the versions from before rows had a price class; all of theirs are running."""
         self._frames = frozenset(frames)
+        self._unclassed = frozenset(unclassed)
         self._head_bytes = b"\xff"  # no framed message begins so
         self._head: Head | None = None
-        self._terms: dict[str, list[tuple[bytes, Terms]]] = {}
+        #: Per account, the bytes of terms met so far and what they say; the newest last.
+        self._terms: dict[str, dict[bytes, Terms]] = {}
         self._plain = PlainRows and PlainRows(Head, Row, KINDS, self._frames, self._terms, _LIMITS)
 
     def read(self, data: bytes) -> Row:
@@ -124,24 +135,18 @@ class Reader:
         if data.startswith(self._head_bytes) and self._head is not None:
             head, i = self._head, len(self._head_bytes)
         else:
-            if data[:FRAME_BYTES] not in self._frames:
-                raise Malformed(f"expected the frame of a RatedUsage, got {data[:FRAME_BYTES].hex() or 'nothing'}")
+            framing = data[:FRAME_BYTES]
+            if framing not in self._frames and framing not in self._unclassed:
+                raise Malformed(f"expected the frame of a RatedUsage, got {framing.hex() or 'nothing'}")
             head, i = _head(data, FRAME_BYTES)
             self._head, self._head_bytes = head, data[:i]
-            if self._plain is not None:
+            if self._plain is not None and framing in self._frames:
                 self._plain.met(head, data, i)
 
-        account = head.account
-        for run, known in self._terms.get(account, ()):
-            if data.startswith(run, i):
-                terms = known
-                i += len(run)
-                break
-        else:
-            start = i
+        if data[:FRAME_BYTES] in self._unclassed:
             terms, i = _terms(data, i)
-            self._remember(account, data[start:i], terms)
-
+        else:
+            terms, i = self._classed_terms(head.account, data, i)
         entry, i = _int(data, i)
         kind = data[i]  # enum index, zigzag: 0, 2, 4
         if kind not in (0, 2, 4):
@@ -157,18 +162,35 @@ class Reader:
             raise Malformed(f"{len(data) - i - 1} bytes left over after a RatedUsage")
         return _new(Row, (head, terms, entry, KINDS[kind >> 1], quantity, before, after, amount, late == 1))
 
+    def _classed_terms(self, account: str, data: bytes, start: int) -> tuple[Terms, int]:
+        known = self._terms.get(account, {})
+        for run, terms in reversed(known.items()):  # the newest segment is asked for most
+            if data.startswith(run, start):
+                return terms, start + len(run)
+        terms, i = _terms(data, start)
+        price_class = data[i]  # enum index, zigzag: 0, 2, 4
+        if price_class not in (0, 2, 4):
+            raise Malformed(f"expected one of {', '.join(PRICE_CLASSES)}, got index byte {price_class}")
+        terms = replace(terms, price_class=PRICE_CLASSES[price_class >> 1])
+        self._remember(account, data[start : i + 1], terms)
+        return terms, i + 1
+
     def _remember(self, account: str, run: bytes, terms: Terms) -> None:
         if len(self._terms) >= _ACCOUNTS_MAX:
             self._terms.clear()
-        known = self._terms.setdefault(account, [])
+        known = self._terms.setdefault(account, {})
         if len(known) >= _TERMS_MAX:
-            known.pop()
-        known.insert(0, (run, terms))  # the newest segment is asked for most
+            del known[next(iter(known))]
+        known[run] = terms
 
 
 def reader(schemas: Schemas) -> Reader:
     """A reader of every RatedUsage version known."""
-    return Reader(frame(schema_id) for schema_id in schemas.ids(RATED))
+    classed: dict[bool, list[bytes]] = {True: [], False: []}
+    for version in schemas.versions:
+        if version.subject == RATED:
+            classed['"price_class"' in version.text()].append(frame(version.id))
+    return Reader(classed[True], classed[False])
 
 
 def _head(data: bytes, i: int) -> tuple[Head, int]:

@@ -31,6 +31,7 @@ _REST = (
     "duplicates",
     "parked",
     "dead_lettered",
+    "corrections",
     "rated_rows",
     "latest_event_at",
     "worker",

@@ -66,18 +66,21 @@ class Schemas:
         return [v.id for v in self.versions if v.subject == subject]
 
     def rated_for(self, event_id: int) -> int:
-        """Id of the rated-usage schema that embeds this usage-event schema. Raises KeyError when there is none."""
-        for v in self.versions:
+        """Id of the newest rated-usage schema that embeds this usage-event schema. Raises KeyError without one."""
+        for v in reversed(self.versions):
             if v.embeds == event_id:
                 return v.id
         raise KeyError(event_id)
 
     def encode(self, subject: str, record: Record) -> bytes:
-        """Framed bytes of a record in its subject's newest schema. ValueError or TypeError if it does not fit."""
+        """Framed bytes of a record in its subject's newest schema; what it lacks has the schema's default.
+
+        Raises ValueError or TypeError if it does not fit.
+        """
         version = self._newest[subject]
         out = io.BytesIO()
         out.write(frame(version.id))
-        fastavro.schemaless_writer(out, self._parsed[version.id], record, strict=True)
+        fastavro.schemaless_writer(out, self._parsed[version.id], record, strict_allow_default=True)
         return out.getvalue()
 
     def decode(self, data: bytes | None, subject: str) -> Record:
@@ -104,6 +107,9 @@ class Schemas:
 
 EVENTS, RATED, RECEIPTS = "usage.events-value", "usage.rated-value", "usage.receipts-value"
 DEAD_LETTER, CATALOG, CONTROLS = "usage.dead-letter-value", "billing.catalog-value", "usage.controls-value"
+#: On usage.retry, beside parked events.
+CORRECTIONS = "usage.corrections-value"
+ALERTS = "billing.alerts-value"
 
 
 def _listed(folder: Path) -> list[SchemaVersion]:

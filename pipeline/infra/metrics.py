@@ -54,6 +54,8 @@ SINK_POSITION = _gauge("sink_position", "offset", "Next offset to be written", _
 # -- relay
 RELAY_PUBLISHED = _counter("relay_published", "versions", "Catalog versions put on billing.catalog")
 RELAY_PENDING = _gauge("relay_pending", "versions", "Catalog versions in the outbox, not yet on billing.catalog")
+# -- alerts
+ALERTS_SENT = _counter("alerts_sent", "alerts", "Thresholds reached, put on billing.alerts")
 # fmt: on
 
 

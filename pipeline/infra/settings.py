@@ -85,6 +85,9 @@ class Settings(BaseSettings):
         900.0, ge=0, description="a sequence number may be this late before it counts as missing"
     )
     actor: str = Field(default_factory=_user, description="who publishes and decides")
+    four_eyes: bool = Field(
+        True, description="what `tally plans publish` and `rollback` change waits until a second person approves it"
+    )
 
     @property
     def kafka(self) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class Topics:
         return self.prefix + "billing.catalog"
 
     @property
+    def alerts(self) -> str:
+        """Thresholds of usage that accounts reached: one partition, since each comes once per period."""
+        return self.prefix + "billing.alerts"
+
+    @property
     def seen(self) -> str:
         return self.prefix + "rater.seen"
 
@@ -99,6 +104,11 @@ class Topics:
         """Topics that share the usage topics' partitions."""
         return (self.events, self.rated, self.receipts, self.retry, self.dead_letter, self.seen, self.totals)
 
+    @property
+    def single(self) -> tuple[str, ...]:
+        """Topics of one partition."""
+        return (self.controls, self.alerts, self.catalog)
+
     def config(self, topic: str, replicas: int = 1) -> dict[str, str]:
         """Settings the topic is created with, all of them named: a broker's own defaults may be anything."""
         keep = {
@@ -106,6 +116,7 @@ class Topics:
             self.rated: 37,
             self.receipts: 37,
             self.controls: 37,
+            self.alerts: 37,
             self.seen: 37,
             self.retry: 60,
             self.dead_letter: 90,
@@ -130,7 +141,7 @@ def ensure_topics(settings: Settings) -> list[str]:
     Raises TopicMismatch when existing topics are not as Tally needs them, KafkaException when the broker refuses.
     """
     topics = Topics(settings.topic_prefix)
-    wanted = dict.fromkeys(topics.partitioned, settings.partitions) | {topics.catalog: 1, topics.controls: 1}
+    wanted = dict.fromkeys(topics.partitioned, settings.partitions) | dict.fromkeys(topics.single, 1)
     admin = AdminClient(settings.kafka)
     created = []
     futures = admin.create_topics(
@@ -163,7 +174,7 @@ def _await_visible(admin: AdminClient, names: set[str]) -> None:
 def check_topics(settings: Settings, ignore: set[str] | None = None) -> None:
     """Raise TopicMismatch, naming every difference, unless all topics exist as Tally needs them."""
     topics = Topics(settings.topic_prefix)
-    names = [name for name in (*topics.partitioned, topics.controls, topics.catalog) if name not in (ignore or ())]
+    names = [name for name in (*topics.partitioned, *topics.single) if name not in (ignore or ())]
     admin = AdminClient(settings.kafka)
     known = admin.list_topics(timeout=15).topics
     mismatches: list[Mismatch] = []

@@ -167,6 +167,18 @@ def read_event(data: bytes) -> WireEvent:
 _new = tuple.__new__
 
 
+def subject_of(data: bytes) -> bytes:
+    """The subject in the framed bytes of a UsageEvent that ``read_event`` takes."""
+    i = FRAME_BYTES
+    for _ in range(3):  # key, account, event type
+        n, i = _length(data, i + 1, data[i])
+        i += n >> 1
+    while data[i] > 127:  # the time
+        i += 1
+    n, i = _length(data, i + 2, data[i + 1])
+    return data[i : i + (n >> 1)]
+
+
 def _rest(data: bytes, i: int, first: int) -> tuple[int, int]:
     """The varint whose first byte stands before ``i``: its raw (zigzag) value and the position after it."""
     value, shift = first & 127, 7

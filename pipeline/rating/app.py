@@ -321,7 +321,7 @@ def _config(settings: Settings, topics: Topics) -> RaterConfig:
         group=f"{settings.topic_prefix}rater",
         topics=topics,
         schemas=schemas,
-        shape=Shape(topics.events, settings.partitions, _frames(schemas)),
+        shape=Shape(topics.events, settings.partitions, _frames(schemas), schemas),
         batch_records=settings.batch_records,
         limits=Limits(settings.dead_letter_run_max, settings.dead_letter_percent_max, settings.dead_letter_window),
         going_on=GoingOn(settings.kafka, topics),

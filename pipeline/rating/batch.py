@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol
 
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import SEQUENCE_BLOCK, Event, ParkedRecord, Record, Refused
+from pipeline.infra.avro import Schemas
 from pipeline.infra.wire import text, zigzag
 from pipeline.rating import compiled
 from pipeline.rating.accept import accept
-from pipeline.rating.dedupe import dedupe, waves
+from pipeline.rating.correct import Corrected, CorrectionRecord, Repeated, Surroundings, correct
+from pipeline.rating.dedupe import dedupe, identities, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
 
@@ -31,6 +33,9 @@ NO_EVENTS_FAULT = (StateFailed, OSError, MemoryError)
 RETRY_FOR_MS = 7 * 24 * 60 * 60 * 1000
 RETRY_FIRST_MS = 1_000
 RETRY_LONGEST_MS = 60 * 60 * 1000
+#: Records that go through all stages before the next do: what a stage made is still in the processor's cache when the
+#: next one reads it. Measured: about a tenth less time than with 5,000 at once.
+CHUNK = 1_000
 
 
 class Source(StrEnum):
@@ -64,11 +69,12 @@ class State(Protocol):
 
 
 class Shape(NamedTuple):
-    """What does not change from batch to batch: topic name, partition count, framing bytes of event → rated row."""
+    """What does not change from batch to batch: topic, partitions, framing bytes of event → rated row, all schemas."""
 
     origin_topic: str
     partitions: int
     frames: dict[bytes, bytes]
+    schemas: Schemas
 
 
 @dataclass(slots=True)
@@ -79,9 +85,11 @@ class Outcome:
     rated: list[Event] = field(default_factory=list)
     repeats: list[Event] = field(default_factory=list)
     parked: list[Refused] = field(default_factory=list)
+    #: Corrections that were applied, as events of an identity of their own.
+    corrected: list[Event] = field(default_factory=list)
     dead: list[Refused] = field(default_factory=list)
-    #: Parked records whose time has not come: written back unchanged.
-    waiting: list[ParkedRecord] = field(default_factory=list)
+    #: Parked records whose time has not come, and corrections the catalog is not read for: written back unchanged.
+    waiting: list[ParkedRecord | CorrectionRecord] = field(default_factory=list)
     totals: dict[bytes, int] = field(default_factory=dict)
     sequences: dict[tuple[bytes, int], int] = field(default_factory=dict)
     latest_event_us: int | None = None
@@ -89,11 +97,12 @@ class Outcome:
     @property
     def seen(self) -> dict[bytes, bytes]:
         """Identities that this batch used up, with their payloads."""
-        return {event.identity: event.payload for event in self.rated}
+        return {event.identity: event.payload for event in (*self.rated, *self.corrected)}
 
     @property
     def records(self) -> int:
-        return len(self.rated) + len(self.repeats) + len(self.parked) + len(self.dead) + len(self.waiting)
+        of_events = len(self.rated) + len(self.repeats) + len(self.parked) + len(self.dead) + len(self.waiting)
+        return of_events + len(self.corrected)
 
 
 class Overlay:
@@ -103,9 +112,12 @@ class Overlay:
         self._state, self._totals = state, totals
         self._seen: dict[bytes, bytes] = {}
 
-    def remember(self, rated: Iterable[Event]) -> None:
+    def remember(self, rated: list[Event]) -> None:
         """These identities are used up from now on."""
-        self._seen.update((event.identity, event.payload) for event in rated)
+        if compiled.fastpath is not None:
+            compiled.fastpath.remember(self._seen, rated)
+        else:
+            self._seen.update((event.identity, event.payload) for event in rated)
 
     def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
         below, seen = self._state.known(identities), self._seen
@@ -125,33 +137,42 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
     context = RowContext(shape.frames, text(shape.origin_topic), zigzag(batch.partition), zigzag(view.offset))
 
     records = batch.records
+    corrections: list[CorrectionRecord] = []
     if batch.source is Source.RETRY:
-        records, outcome.waiting, outcome.dead = _split_due(batch, view, shape)
-    events, refused, arrived = accept(
-        records,
-        partition=batch.partition,
-        partitions=shape.partitions,
-        frames=shape.frames,
-        now_ms=batch.now_ms,
-        own_only=batch.source is Source.RETRY,
-    )
-    _sort_out(refused, batch, outcome)
+        records, outcome.waiting, corrections, outcome.dead = _split_due(batch, view, shape)
+    arrived: list[tuple[bytes, int]] = []
+    for start in range(0, len(records), CHUNK):
+        events, refused, came = accept(
+            records[start : start + CHUNK],
+            partition=batch.partition,
+            partitions=shape.partitions,
+            frames=shape.frames,
+            now_ms=batch.now_ms,
+            own_only=batch.source is Source.RETRY,
+        )
+        _sort_out(refused, batch, outcome)
+        arrived += came
+        if events:
+            latest = _latest_us(events)
+            outcome.latest_event_us = max(latest, outcome.latest_event_us or latest)
+        split = waves(events)  # one, unless an identity stands twice among them
+        more = start + CHUNK < len(records)
+        for wave in split:
+            fresh, repeats, conflicts = dedupe(wave, overlay.known(identities(wave)))
+            known, unknown = enrich(fresh, view)
+            rows, rated, unpriced = rate(known, outcome.totals, overlay, context)
+            outcome.rows += rows
+            outcome.rated += rated
+            outcome.repeats += repeats
+            if more or wave is not split[-1]:
+                overlay.remember(rated)
+            _sort_out(conflicts + unknown + unpriced, batch, outcome)
     if batch.source is Source.EVENTS:
         outcome.sequences = _sequence_blocks(arrived)
-    if events:
-        outcome.latest_event_us = max(event.timestamp_us for event in events)
-    split = waves(events)  # one, unless an identity stands twice in the batch
-    again = {event.identity for wave in split[1:] for event in wave}
-    for wave in split:
-        fresh, repeats, conflicts = dedupe(wave, overlay.known([event.identity for event in wave]))
-        known, unknown = enrich(fresh, view)
-        rows, rated, unpriced = rate(known, outcome.totals, overlay, context)
-        outcome.rows += rows
-        outcome.rated += rated
-        outcome.repeats += repeats
-        if again:
-            overlay.remember(event for event in rated if event.identity in again)
-        _sort_out(conflicts + unknown + unpriced, batch, outcome)
+    if corrections:
+        around = Surroundings(view, batch.partition, shape.partitions, batch.now_ms, context, shape.schemas)
+        for record in corrections:
+            _apply(record, overlay, around, outcome)
     return outcome
 
 
@@ -181,13 +202,28 @@ def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape
         whole.parked += part.parked
         whole.dead += part.dead
         whole.waiting += part.waiting
+        whole.corrected += part.corrected
         whole.totals.update(part.totals)
-        overlay.remember(part.rated)
+        overlay.remember(part.rated + part.corrected)
         for block, bits in part.sequences.items():
             whole.sequences[block] = whole.sequences.get(block, 0) | bits
         if part.latest_event_us is not None:
             whole.latest_event_us = max(part.latest_event_us, whole.latest_event_us or part.latest_event_us)
     return whole, errors
+
+
+def _apply(record: CorrectionRecord, overlay: Overlay, around: Surroundings, outcome: Outcome) -> None:
+    """Apply one correction over everything before it in the batch."""
+    match correct(record, overlay, around):
+        case Corrected(rows, totals, event):
+            outcome.rows += rows
+            outcome.totals.update(totals)
+            outcome.corrected.append(event)
+            overlay.remember([event])
+        case Repeated(event):
+            outcome.repeats.append(event)
+        case Refused() as refused:
+            outcome.dead.append(refused)
 
 
 def any_due(batch: Batch, view: TermsView, shape: Shape) -> bool:
@@ -211,19 +247,25 @@ def not_before_ms(attempts: int, now_ms: int) -> int:
     return -(-(now_ms + wait_ms) // grid_ms) * grid_ms
 
 
-def _split_due(batch: Batch, view: TermsView, shape: Shape) -> tuple[list[Record], list[ParkedRecord], list[Refused]]:
-    """Parked records to try now, those whose time has not come, and what is no parked record at all."""
+def _split_due(
+    batch: Batch, view: TermsView, shape: Shape
+) -> tuple[list[Record], list[ParkedRecord | CorrectionRecord], list[CorrectionRecord], list[Refused]]:
+    """Parked records to try now, what has to wait, corrections to apply, and what is none of these."""
     ready: list[Record] = []
-    waiting: list[ParkedRecord] = []
+    waiting: list[ParkedRecord | CorrectionRecord] = []
+    corrections: list[CorrectionRecord] = []
     foreign: list[Refused] = []
     for record in batch.records:
-        if not isinstance(record, ParkedRecord) or record.topic != shape.origin_topic:
+        if isinstance(record, CorrectionRecord):
+            # A worker that has read less of the catalog would not price it as its event was.
+            (corrections if record.said.catalog_offset <= view.offset else waiting).append(record)
+        elif not isinstance(record, ParkedRecord) or record.topic != shape.origin_topic:
             foreign.append(Refused(record, _FOREIGN))
         elif _due(record, batch, view, shape):
             ready.append(record)
         else:
             waiting.append(record)
-    return ready, waiting, foreign
+    return ready, waiting, corrections, foreign
 
 
 def _due(record: ParkedRecord, batch: Batch, view: TermsView, shape: Shape) -> bool:
@@ -245,7 +287,7 @@ def _due(record: ParkedRecord, batch: Batch, view: TermsView, shape: Shape) -> b
     )
 
 
-_FOREIGN = Rejection(Stage.ACCEPT, Reason.UNDECODABLE, "expected a parked event on the retry topic, got other bytes")
+_FOREIGN = Rejection(Stage.ACCEPT, Reason.UNDECODABLE, "expected a parked event or a correction, got other bytes")
 
 
 def _sort_out(refused: Iterable[Refused], batch: Batch, outcome: Outcome) -> None:
@@ -254,6 +296,12 @@ def _sort_out(refused: Iterable[Refused], batch: Batch, outcome: Outcome) -> Non
         parked_at_ms = one.record.parked_at_ms if isinstance(one.record, ParkedRecord) else batch.now_ms
         parks = one.rejection.parks and batch.now_ms - parked_at_ms <= RETRY_FOR_MS
         (outcome.parked if parks else outcome.dead).append(one)
+
+
+def _latest_us(events: list[Event]) -> int:
+    if compiled.fastpath is not None:
+        return int(compiled.fastpath.latest_us(events))
+    return max(event.timestamp_us for event in events)
 
 
 def _sequence_blocks(arrived: list[tuple[bytes, int]]) -> dict[tuple[bytes, int], int]:

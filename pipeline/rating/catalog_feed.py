@@ -129,7 +129,11 @@ class CatalogFeed(threading.Thread):
             record = self._schemas.decode(value, CATALOG)
             valid_from: datetime = record["valid_from"]
             return Entry(
-                record["kind"], record["id"], record["version"], to_micros(valid_from), json.loads(record["document"])
+                record.get("document_kind") or record["kind"],
+                record["id"],
+                record["version"],
+                to_micros(valid_from),
+                json.loads(record["document"]),
             )
         except Exception as error:
             raise ValueError(f"catalog entry {key!r} at offset {offset} cannot be read: {error}") from error

@@ -7,15 +7,16 @@
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.core.usage import Event
 from pipeline.infra.wire import IDENTITY_BYTES, PAYLOAD_BYTES
+from pipeline.rating import compiled
 
 _HEAD = struct.Struct("<BI")
 _VERSION = 1
 _ENTRY_BYTES = IDENTITY_BYTES + PAYLOAD_BYTES
-_ENTRIES_MAX = (512 * 1024 - _HEAD.size) // _ENTRY_BYTES
+_ENTRIES_BYTES_MAX = (512 * 1024 - _HEAD.size) // _ENTRY_BYTES * _ENTRY_BYTES
 _DAY_MS = 24 * 60 * 60 * 1000
 #: Seen keys live this long after the later of event and append time (law 5).
 SEEN_DAYS = 37
@@ -36,22 +37,26 @@ def expiry_day(appended_ms: int, rated_ms: int) -> int:
     return day_of(max(appended_ms, rated_ms)) + SEEN_DAYS + 2
 
 
-def by_expiry(rated: Sequence[Event], rated_ms: int) -> dict[int, list[bytes]]:
-    """Entries (identity and payload) of events rated at a time, by the day they expire."""
-    if rated and max([event.record.timestamp for event in rated]) <= rated_ms:  # always, if clocks agree
-        return {expiry_day(0, rated_ms): [event.identity + event.payload for event in rated]}
+def by_expiry(rated: list[Event], rated_ms: int) -> dict[int, list[bytes]]:
+    """Entries (identity and payload) of events rated at a time, alone or in blocks, by the day they expire."""
+    if not rated:
+        return {}
+    if compiled.fastpath is not None:
+        block = compiled.fastpath.seen_block(rated, rated_ms)
+        if block is not None:  # always, if clocks agree
+            return {expiry_day(0, rated_ms): [block]}
     days: defaultdict[int, list[bytes]] = defaultdict(list)
     for event in rated:
         days[expiry_day(event.record.timestamp, rated_ms)].append(event.identity + event.payload)
     return days
 
 
-def pack_seen(days: dict[int, list[bytes]]) -> Iterator[bytes]:
-    """Changelog records for the entries of a batch."""
-    for day, entries in sorted(days.items()):
-        head = _HEAD.pack(_VERSION, day)
-        for start in range(0, len(entries), _ENTRIES_MAX):
-            yield head + b"".join(entries[start : start + _ENTRIES_MAX])
+def pack_seen(days: Mapping[int, Iterable[bytes]]) -> Iterator[bytes]:
+    """Changelog records for the entries of a batch, which come alone or in blocks."""
+    for day, blocks in sorted(days.items()):
+        head, entries = _HEAD.pack(_VERSION, day), b"".join(blocks)
+        for start in range(0, len(entries), _ENTRIES_BYTES_MAX):
+            yield head + entries[start : start + _ENTRIES_BYTES_MAX]
 
 
 def unpack_seen(value: bytes) -> tuple[int, bytes]:

@@ -141,7 +141,7 @@ class Committer:
         BatchAborted or StateUnknown.
         """
         positions = state.positions or Positions(0, 0)
-        seen = by_expiry(outcome.rated, batch.now_ms)
+        seen = by_expiry(outcome.rated + outcome.corrected, batch.now_ms)
         ends = [positions.seen, positions.totals]
         try:
             # Step 1.
@@ -244,6 +244,7 @@ class Committer:
             "duplicates": len(outcome.repeats),
             "parked": len(outcome.parked) + len(outcome.waiting),
             "dead_lettered": len(outcome.dead),
+            "corrections": len(outcome.corrected),
             "rated_rows": len(outcome.rows),
             "resolutions": [] if batch.source is Source.EVENTS else _resolutions(outcome),
             "latest_event_at": outcome.latest_event_us,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, Refused
+from pipeline.rating import compiled
 
 
 class Deduped(NamedTuple):
@@ -18,11 +19,19 @@ class Deduped(NamedTuple):
     conflicts: list[Refused]
 
 
+def identities(events: list[Event]) -> list[bytes]:
+    """The identity of each event."""
+    if compiled.fastpath is not None:
+        found: list[bytes] = compiled.fastpath.identities(events)
+        return found
+    return [event.identity for event in events]
+
+
 def waves(events: list[Event]) -> list[list[Event]]:
     """The events in order, split by how often their identity stood before: one wave unless one stands twice."""
-    first = dict(zip([event.identity for event in reversed(events)], reversed(events), strict=True))
-    if len(first) == len(events):
+    if len(set(identities(events))) == len(events):
         return [events] if events else []
+    first = dict(zip([event.identity for event in reversed(events)], reversed(events), strict=True))
     split = [[event for event in events if first[event.identity] is event]]
     times: dict[bytes, int] = {}
     for event in events:

@@ -12,7 +12,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
-from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from cpython.ref cimport Py_INCREF
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
@@ -25,6 +26,7 @@ cdef extern from "Python.h":
     int64_t PyLong_AsLongLongAndOverflow(object, int*) except? -1
     ctypedef long long int128_t "__int128"
     int64_t INT64_MAX
+    int64_t INT64_MIN
     object PyUnicode_DecodeUTF8(const char*, Py_ssize_t, const char*)
 
 cdef enum:
@@ -39,14 +41,17 @@ cdef enum:
     DIGITS_MAX = 9
     #: two varints
     HEAD_BYTES_MAX = 20
+    #: as in ``wire``
+    IDENTITY_BYTES = 16
+    PAYLOAD_BYTES = 8
 
 cdef object _new_tuple = tuple.__new__
 cdef object _Event = Event
 cdef object _Parked = ParkedRecord
 
 
-cdef class PlainSum:
-    """Measures a sum without filters: plain digits here, all else by ``exact``, the meter's own function."""
+cdef class PlainNumber:
+    """Measures by a property as it stands: plain digits here, all else by ``exact``, the meter's own function."""
 
     cdef bytes key
     cdef object exact
@@ -415,6 +420,56 @@ def enrich_plain(list events, Py_ssize_t start, dict spans, list known):
     return count
 
 
+cdef class Running:
+    """Running quantities as the event at hand has left them so far: what rules read."""
+
+    cdef list moved
+    cdef dict totals
+    cdef object quantity_of
+
+    def __call__(self, bytes counter):
+        cdef tuple change
+        cdef PyObject* found
+        for change in reversed(self.moved):
+            if change[0] == counter:
+                return change[1]
+        found = PyDict_GetItem(self.totals, counter)
+        return self.quantity_of(counter) if found is NULL else <object>found
+
+
+cdef inline bytes _subject(bytes value):
+    """The subject of an accepted event."""
+    cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(value)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(value), at = FRAME_BYTES
+    cdef int64_t length = 0, timestamp_us
+    for _ in range(3):
+        _varint(data, size, &at, &length)
+        at += length
+    _varint(data, size, &at, &timestamp_us)
+    _varint(data, size, &at, &length)
+    return PyBytes_FromStringAndSize(<const char*>data + at, length)
+
+
+cdef inline object _counter_met(object split, dict properties, bytes value):
+    """The counter of an event's cell, as ``Split.find`` has it; None for a cell not met before."""
+    cdef tuple keys = split.keys, cell
+    cdef Py_ssize_t i, count = PyTuple_GET_SIZE(keys)
+    cdef bint per_subject = split.per_subject
+    cdef PyObject* found
+    cell = PyTuple_New(count + per_subject)
+    for i in range(count):
+        found = PyDict_GetItem(properties, <object>PyTuple_GET_ITEM(keys, i))
+        part = b"" if found is NULL else <object>found
+        Py_INCREF(part)
+        PyTuple_SET_ITEM(cell, i, part)
+    if per_subject:
+        part = _subject(value)
+        Py_INCREF(part)
+        PyTuple_SET_ITEM(cell, count, part)
+    found = PyDict_GetItem(<dict>split.met, cell)
+    return None if found is NULL else <object>found
+
+
 def rate_plain(
     list known,
     Py_ssize_t start,
@@ -424,16 +479,20 @@ def rate_plain(
     bytes origin,
     bytes catalog_offset,
     object fits,
+    tuple kinds,
     list rows,
     list events,
 ):
     """Price events from ``start`` on, as ``rate`` does; returns the index of the first it did not take.
 
-    ``origin`` is the encoded topic and partition of records that come from ``usage.events``.
+    ``origin`` is the encoded topic and partition of records that come from ``usage.events``. ``kinds`` are the types
+    ``Priced``, ``Split`` and ``Step``: what is no ``Priced`` goes by a rule.
     """
     cdef Py_ssize_t index, count = PyList_GET_SIZE(known), charges, measured, i, size
     cdef tuple pair, event, terms, charged, memo
-    cdef object record, priced, quantity, before, after, cost, after_cost
+    cdef object priced_type = kinds[0], split_type = kinds[1], step_type = kinds[2]
+    cdef object record, priced, quantity, before, after, cost, after_cost, amount
+    cdef Running running = None
     cdef bytes value, row_frame, constant, before_bytes, after_bytes, row, account, identity
     cdef list taken, amounts, moved, made
     cdef dict properties
@@ -463,12 +522,17 @@ def rate_plain(
         for i in range(charges):
             priced = <object>PyTuple_GET_ITEM(charged, i)
             measure = priced.measure
-            quantity = (<PlainSum>measure).of(properties) if type(measure) is PlainSum else measure(properties)
+            quantity = (<PlainNumber>measure).of(properties) if type(measure) is PlainNumber else measure(properties)
             if quantity is None:
                 continue
             if type(quantity) is not int:
                 plain = False
                 break
+            if type(priced) is split_type:
+                priced = _counter_met(priced, properties, <bytes>record.value)
+                if priced is None:
+                    plain = False
+                    break
             taken.append(priced)
             amounts.append(quantity)
         measured = PyList_GET_SIZE(taken)
@@ -489,30 +553,51 @@ def rate_plain(
         for i in range(measured):
             priced = taken[i]
             quantity = amounts[i]
-            counter = priced.counter
-            found = PyDict_GetItem(totals, counter)
-            before = quantity_of(counter) if found is NULL else <object>found
-            memo = priced.memo
-            price = priced.price
-            if before is None:
-                before, cost, before_bytes = 0, 0, b"\x02\x00"
-            elif before == memo[0]:
-                cost, before_bytes = memo[1], memo[2]
+            if type(priced) is priced_type:
+                counter = priced.counter
+                found = PyDict_GetItem(totals, counter)
+                before = quantity_of(counter) if found is NULL else <object>found
+                memo = priced.memo
+                price = priced.price
+                if before is None:
+                    before, cost, before_bytes = 0, 0, b"\x02\x00"
+                elif before == memo[0]:
+                    cost, before_bytes = memo[1], memo[2]
+                else:
+                    cost, before_bytes = price(before), decimal(before)
+                after = before + quantity
+                after_cost = (<PlainLines>price).of(after) if type(price) is PlainLines else price(after)
+                if cost is None or after_cost is None:
+                    plain = False
+                    break
+                if not (-fits < after < fits and -fits < after_cost < fits):
+                    plain = False
+                    break
+                after_size = _put_decimal(after, after_out)
+                after_bytes = PyBytes_FromStringAndSize(<const char*>after_out, after_size)
+                priced.memo = (after, after_cost, after_bytes)
+                moved.append((counter, after))
+                amount = after_cost - cost
             else:
-                cost, before_bytes = price(before), decimal(before)
-            after = before + quantity
-            after_cost = (<PlainLines>price).of(after) if type(price) is PlainLines else price(after)
-            if not (-fits < after < fits and -fits < after_cost < fits):
-                plain = False
-                break
-            after_size = _put_decimal(after, after_out)
-            after_bytes = PyBytes_FromStringAndSize(<const char*>after_out, after_size)
-            priced.memo = (after, after_cost, after_bytes)
-            moved.append((counter, after))
+                if running is None:
+                    running = Running()
+                    running.totals, running.quantity_of = totals, quantity_of
+                running.moved = moved
+                step = priced.rule(quantity, properties, running)
+                if type(step) is not step_type:
+                    plain = False
+                    break
+                before, after, amount, changes = step
+                if not (-fits < after < fits and -fits < amount < fits):
+                    plain = False
+                    break
+                before_bytes = decimal(before)
+                after_size = _put_decimal(after, after_out)
+                moved.extend(changes)
 
             constant = priced.constant
             quantity_size = _put_decimal(quantity, quantity_out)
-            amount_size = _put_decimal(after_cost - cost, amount_out)
+            amount_size = _put_decimal(amount, amount_out)
             size = (
                 FRAME_BYTES + value_size + PyBytes_GET_SIZE(origin) + head_size + PyBytes_GET_SIZE(identity)
                 + PyBytes_GET_SIZE(catalog_offset) + PyBytes_GET_SIZE(constant) + quantity_size
@@ -575,3 +660,44 @@ def sequence_blocks(list arrived, int64_t block_size):
         sequence -= block * block_size
         data[sequence >> 3] |= <char>(1 << (sequence & 7))
     return {name: int.from_bytes(bits, "little") for name, bits in blocks.items()}
+
+
+def identities(list events):
+    """The identity of each event."""
+    cdef Py_ssize_t index
+    return [<object>PyTuple_GET_ITEM(<tuple>PyList_GET_ITEM(events, index), 1) for index in range(PyList_GET_SIZE(events))]
+
+
+def latest_us(list events):
+    """The latest time of any of the events, of which there is one at least."""
+    cdef Py_ssize_t index
+    cdef int64_t at_us, latest = INT64_MIN
+    for index in range(PyList_GET_SIZE(events)):
+        at_us = <object>PyTuple_GET_ITEM(<tuple>PyList_GET_ITEM(events, index), 6)
+        if at_us > latest:
+            latest = at_us
+    return latest
+
+
+def remember(dict seen, list events):
+    """Put each event's identity and payload into ``seen``."""
+    cdef Py_ssize_t index
+    cdef tuple event
+    for index in range(PyList_GET_SIZE(events)):
+        event = <tuple>PyList_GET_ITEM(events, index)
+        PyDict_SetItem(seen, <object>PyTuple_GET_ITEM(event, 1), <object>PyTuple_GET_ITEM(event, 2))
+
+
+def seen_block(list events, int64_t rated_ms):
+    """Identity and payload of each event, one behind the other; None if one arrived after ``rated_ms``."""
+    cdef Py_ssize_t index, count = PyList_GET_SIZE(events)
+    cdef tuple event
+    cdef bytes block = PyBytes_FromStringAndSize(NULL, count * (IDENTITY_BYTES + PAYLOAD_BYTES))
+    cdef char* out = PyBytes_AS_STRING(block)
+    for index in range(count):
+        event = <tuple>PyList_GET_ITEM(events, index)
+        if <int64_t>(<object>PyTuple_GET_ITEM(event, 0)).timestamp > rated_ms:
+            return None
+        out = _put(out, PyBytes_AS_STRING(<object>PyTuple_GET_ITEM(event, 1)), IDENTITY_BYTES)
+        out = _put(out, PyBytes_AS_STRING(<object>PyTuple_GET_ITEM(event, 2)), PAYLOAD_BYTES)
+    return block

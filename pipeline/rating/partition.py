@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.catalog import STALE_S
+from pipeline.core.corrections import Correction
 from pipeline.core.limits import Limits
 from pipeline.core.periods import to_micros
 from pipeline.core.usage import ParkedRecord, Record
-from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
+from pipeline.infra.avro import CORRECTIONS, DEAD_LETTER, Schemas, WireError
 from pipeline.infra.avro import Record as Letter
 from pipeline.infra.going_on import GoingOn
 from pipeline.infra.logs import get_logger
@@ -33,6 +34,7 @@ from pipeline.rating.batch import (
 from pipeline.rating.catalog_feed import CatalogFeed
 from pipeline.rating.changelog import day_of
 from pipeline.rating.commit import BatchAborted, Committer, Membership, new_producer
+from pipeline.rating.correct import CorrectionRecord
 from pipeline.rating.faust_batches import Fetched
 from pipeline.rating.gate import Gate
 from pipeline.rating.inbox import Hole, Inbox, Run
@@ -354,11 +356,11 @@ def _now_ms() -> int:
 
 
 def unpark(record: Record, schemas: Schemas) -> Record:
-    """The parked event in a message of ``usage.retry``; the message itself when it holds none."""
+    """The parked event or correction in a message of ``usage.retry``; the message itself when it holds neither."""
     try:
         letter = schemas.decode(record.value, DEAD_LETTER)
     except WireError:
-        return record
+        return _correction(record, schemas)
     if not _could_be_written(letter):
         return record
     return ParkedRecord(
@@ -376,3 +378,12 @@ def unpark(record: Record, schemas: Schemas) -> Record:
         not_before_ms=to_micros(letter["not_before"]) // 1000,
         catalog_offset=letter["catalog_offset"],
     )
+
+
+def _correction(record: Record, schemas: Schemas) -> Record:
+    """The correction in a message; the message itself when it holds none."""
+    try:
+        said = Correction.from_record(schemas.decode(record.value, CORRECTIONS))
+    except (WireError, ValueError):
+        return record
+    return CorrectionRecord(record.offset, record.timestamp, record.key, record.value or b"", said)

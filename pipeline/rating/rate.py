@@ -1,7 +1,7 @@
 """Fourth stage: running quantity to amount, and the bytes of the rated row.
 
-Rating is a difference (law 3): an event's amount is ``price(after) - price(before)`` of its counter's running quantity.
-An event is rated for all its charges or for none.
+Rating is a difference (law 3): an event's amount is ``price(after) - price(before)`` of its counter's running quantity,
+but for charges that go by a rule of their own (``rules``). An event is rated for all its charges or for none.
 """
 
 from typing import NamedTuple, Protocol
@@ -10,7 +10,8 @@ from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, ParkedRecord, Refused
 from pipeline.infra.wire import FRAME_BYTES, decimal, zigzag
 from pipeline.rating import compiled
-from pipeline.rating.enrich import Priced, RatingTerms
+from pipeline.rating.enrich import Priced, Pricing, RatingTerms, Ruled, Split
+from pipeline.rating.rules import BEYOND_LAST_TIER, Step
 
 #: decimal(38, …) of the rated row: one digit more does not fit.
 _FITS = 10**38
@@ -55,40 +56,52 @@ def rate(
     origin, fastpath = origin_topic + partition, compiled.fastpath
     # Many rows of a batch share their append time: encoded once.
     last_ms, last_ms_bytes = -1, b""
+    moved: dict[bytes, int] = {}  # by the event at hand
+
+    def read(counter: bytes) -> int | None:
+        """A counter as the event at hand has left it so far: several of its charges may share a pool."""
+        now = moved.get(counter)
+        if now is None:
+            now = running(counter)
+        return state.quantity(counter) if now is None else now
+
     at, end = 0, len(known)
     while True:
         if fastpath is not None:
             at = fastpath.rate_plain(
-                known, at, totals, state.quantity, frames, origin, catalog_offset, _FITS, rows, events
+                known, at, totals, state.quantity, frames, origin, catalog_offset, _FITS, _KINDS, rows, events
             )
         if at == end:
             break
         event, terms = known[at]
         at += 1
         record, identity, _, _, account, _, _, properties = event
-        measured: list[tuple[Priced, int]] = []
+        measured = _measured(event, terms)
         rejection: Rejection | None = None
-        for priced in terms.priced:
-            quantity = priced.measure(properties)
-            if type(quantity) is int:
-                measured.append((priced, quantity))
-            elif quantity is not None:
-                assert isinstance(quantity, Rejection)
-                rejection = quantity
-                break
-        if rejection is None and not measured:
-            rejection = _UNMETERED
-        if rejection is None:
-            # Everything is computed before anything is kept: all charges or none.
-            head = b""
-            moved: list[tuple[bytes, int]] = []
-            made: list[bytes] = []
-            for priced, quantity in measured:
+        if isinstance(measured, Rejection):
+            rejection, measured = measured, []
+        # Everything is computed before anything is kept: all charges or none.
+        head = b""
+        moved.clear()
+        made: list[bytes] = []
+        for priced, quantity in measured:
+            if isinstance(priced, Ruled):
+                step = priced.rule(quantity, properties, read)
+                if isinstance(step, Rejection):
+                    rejection = step
+                    break
+                if not (-_FITS < step.after < _FITS and -_FITS < step.amount < _FITS):
+                    rejection = _overflow(step.after)
+                    break
+                moved.update(step.totals)
+                before_bytes, after_bytes, amount = decimal(step.before), decimal(step.after), step.amount
+            else:
                 counter = priced.counter
                 before = running(counter)
                 if before is None:
                     before = state.quantity(counter)
                 memo_quantity, memo_cost, memo_encoded = priced.memo
+                cost: int | None
                 if before is None:  # a counter without an event yet costs nothing
                     before, cost, before_bytes = 0, 0, _ZERO
                 elif before == memo_quantity:
@@ -97,53 +110,69 @@ def rate(
                     cost, before_bytes = priced.price(before), decimal(before)
                 after = before + quantity
                 after_cost = priced.price(after)
+                if cost is None or after_cost is None:
+                    rejection = BEYOND_LAST_TIER
+                    break
                 if not (-_FITS < after < _FITS and -_FITS < after_cost < _FITS):
                     rejection = _overflow(after)
                     break
                 after_bytes = decimal(after)
                 priced.memo = (after, after_cost, after_bytes)
-                moved.append((counter, after))
-                if not head:
-                    value = record.value
-                    assert value is not None
-                    appended_ms = record.timestamp
-                    if appended_ms != last_ms:
-                        last_ms, last_ms_bytes = appended_ms, zigzag(appended_ms)
-                    came = origin_topic + zigzag(record.partition) if isinstance(record, ParkedRecord) else origin
-                    head = b"".join(
-                        (
-                            frames[value[:FRAME_BYTES]],
-                            value[FRAME_BYTES:],
-                            came,
-                            zigzag(record.offset),
-                            last_ms_bytes,
-                            identity,
-                            catalog_offset,
-                        )
-                    )
-                    late = b"\x01" if appended_ms * 1000 >= terms.period_end_us else b"\x00"
-                made.append(
-                    b"".join(
-                        (
-                            head,
-                            priced.constant,
-                            decimal(quantity),
-                            before_bytes,
-                            after_bytes,
-                            decimal(after_cost - cost),
-                            late,
-                        )
+                moved[counter] = after
+                amount = after_cost - cost
+            if not head:
+                value = record.value
+                assert value is not None
+                appended_ms = record.timestamp
+                if appended_ms != last_ms:
+                    last_ms, last_ms_bytes = appended_ms, zigzag(appended_ms)
+                came = origin_topic + zigzag(record.partition) if isinstance(record, ParkedRecord) else origin
+                head = b"".join(
+                    (
+                        frames[value[:FRAME_BYTES]],
+                        value[FRAME_BYTES:],
+                        came,
+                        zigzag(record.offset),
+                        last_ms_bytes,
+                        identity,
+                        catalog_offset,
                     )
                 )
-            if rejection is None:
-                totals.update(moved)
-                for row in made:
-                    add_row((account, row))
+                late = b"\x01" if appended_ms * 1000 >= terms.period_end_us else b"\x00"
+            made.append(
+                b"".join((head, priced.constant, decimal(quantity), before_bytes, after_bytes, decimal(amount), late))
+            )
         if rejection is None:
+            totals.update(moved)
+            for row in made:
+                add_row((account, row))
             events.append(event)
         else:
             refused.append(Refused(record, rejection, account, event.key, event.event_type, event.timestamp_us))
     return Rated(rows, events, refused)
+
+
+#: What the fast path tells apart: counters it prices, charges whose cells it looks for, and what a rule did.
+_KINDS = (Priced, Split, Step)
+
+
+def _measured(event: Event, terms: RatingTerms) -> list[tuple[Priced | Ruled, int]] | Rejection:
+    """The counters an event moves, each with its quantity of the event; at least one."""
+    measured: list[tuple[Priced | Ruled, int]] = []
+    properties = event.properties
+    pricing: Pricing
+    for pricing in terms.priced:
+        quantity = pricing.measure(properties)
+        if quantity is None:
+            continue
+        if isinstance(quantity, Rejection):
+            return quantity
+        counter = pricing.find(event) if type(pricing) is Split else pricing
+        if isinstance(counter, Rejection):
+            return counter
+        assert not isinstance(counter, Split)
+        measured.append((counter, quantity))
+    return measured or _UNMETERED
 
 
 _ZERO = decimal(0)

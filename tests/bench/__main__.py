@@ -21,7 +21,7 @@ from pipeline.infra.settings import Settings
 from tests.bench import world
 from tests.bench.end_to_end import end_to_end, producer
 from tests.bench.figures import RUNS, Figure, Skipped, median
-from tests.bench.raters import many_keys, rater, scale
+from tests.bench.raters import catalog, many_keys, rater, scale
 from tests.bench.recovery import restarted, taken_over
 from tests.bench.sinks import sink, sink_20m
 from tests.bench.state import state
@@ -48,6 +48,7 @@ def state_and_rater(settings: Settings) -> Iterator[Figure]:
 FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "producer": producer,
     "rater": rater,
+    "catalog": catalog,
     "streams": streams,
     "scale": scale,
     "sink": sink,

@@ -13,12 +13,14 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from pipeline.infra.kafka import passes
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
-from tests.bench import world
+from tests.bench import realistic, world
 from tests.bench.figures import RUNS, Figure, Skipped, compared, median
 from tests.bench.world import Cost
 
 #: So many that what a worker has under way at its first commit, a batch of each partition, is at most 2 % of them.
 EVENTS = 1_000_000
+#: Events of five rows each.
+CATALOG_EVENTS = 400_000
 #: Stock Faust takes about 150 µs an event, and commits each second what it has done: fewer tell as much.
 FAUST_EVENTS = 40_000
 FEW_KEYS, MANY_KEYS = 1_000_000, 50_000_000
@@ -57,6 +59,27 @@ def rater(settings: Settings) -> Iterator[Figure]:
     yield compared("rater_events_per_s", "events/s", _rates(ours), peer, _rates(stock))
     yield compared("rater_cpu_us_per_event", "µs", _costs(ours), peer, _costs(stock))
     yield Figure("rater_rss_mib", median(speed.anonymous_mib for speed in ours), "MiB of RssAnon")
+
+
+def catalog(settings: Settings) -> Iterator[Figure]:
+    """Rated rows by a realistic catalog beside the plainest one, whose events make one row each, in turn."""
+    plain_events, events = world.events(EVENTS), realistic.events(CATALOG_EVENTS)
+    plain: list[Speed] = []
+    real: list[Speed] = []
+    for run in range(RUNS):
+        with world.deployment(settings, f"plain{run}") as here:
+            world.send(here, Topics(here.topic_prefix).events, plain_events)
+            plain.append(rated(here, len(plain_events)))
+        with world.deployment(settings, f"catalog{run}", realistic.catalog()) as here:
+            world.send(here, Topics(here.topic_prefix).events, events)
+            real.append(rated(here, len(events)))
+    yield compared("catalog_events_per_s", "events/s", _rates(real), "plain catalog", _rates(plain))
+    rows = [rate * realistic.CHARGES for rate in _rates(real)]
+    plain_rows = [rate * world.RATED_SHARE for rate in _rates(plain)]
+    yield compared("catalog_rows_per_s", "rated rows/s", rows, "plain catalog", plain_rows)
+    cost = [speed.cpu_us_per_event / realistic.CHARGES for speed in real]
+    plain_cost = [speed.cpu_us_per_event / world.RATED_SHARE for speed in plain]
+    yield compared("catalog_cpu_us_per_row", "µs of CPU a row", cost, "plain catalog", plain_cost)
 
 
 def scale(settings: Settings) -> Iterator[Figure]:

@@ -6,10 +6,11 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ import fastavro
 import psutil
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from fastavro.types import Schema
 
 from pipeline.core.charges import Charge, Tier
 from pipeline.core.contracts import Account, Contract
-from pipeline.core.documents import Item, to_document
+from pipeline.core.documents import Item, kind_of, to_document
 from pipeline.core.meters import Meter
 from pipeline.core.periods import to_datetime
 from pipeline.core.plans import Plan
 from pipeline.infra import processes
-from pipeline.infra.avro import CATALOG, EVENTS, frame, load_schemas
+from pipeline.infra.avro import CATALOG, EVENTS, SchemaVersion, frame, load_schemas
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, ensure_topics
 from pipeline.rating.changelog import SEEN_DAYS, expiry_day, pack_seen
@@ -35,7 +37,9 @@ Message = tuple[bytes, bytes]
 
 ACCOUNTS = 1_000
 _MODELS, _REGIONS = ("small", "medium", "large"), ("eu", "us", "ap")
-_TYPES = ("completion", "embedding")
+TYPES = ("completion", "embedding")
+#: Of ``events``: the rest are repeats, or cannot be rated.
+RATED_SHARE = 0.979
 _UNIT = 10**9
 _DAY_US = 86_400_000_000
 #: Identities in a record of the changelog of seen keys, as after a large batch.
@@ -57,10 +61,12 @@ def topics(settings: Settings, name: str, **options: Any) -> Iterator[Settings]:
 
 
 @contextmanager
-def deployment(settings: Settings, name: str, **options: Any) -> Iterator[Settings]:
-    """As ``topics``, with the catalog on them."""
+def deployment(
+    settings: Settings, name: str, items: Sequence[Item] | None = None, **options: Any
+) -> Iterator[Settings]:
+    """As ``topics``, with the catalog on them, or with another one."""
     with topics(settings, name, **options) as here:
-        send_catalog(here)
+        send_catalog(here, catalog() if items is None else items)
         yield here
 
 
@@ -81,7 +87,7 @@ def catalog() -> list[Item]:
     """1,000 accounts on five plans of two graduated charges."""
     items: list[Item] = [
         Meter(f"m-{kind}", 1, kind, "sum", "tokens", "token", (), allow_negative=False, valid_from_us=0)
-        for kind in _TYPES
+        for kind in TYPES
     ]
     for number in range(5):
         base = Decimal(2000 + 137 * number) / 10**9
@@ -96,7 +102,7 @@ def catalog() -> list[Item]:
                     Tier(None, base * factor / 2),
                 ),
             )
-            for kind, factor in zip(_TYPES, (10, 1), strict=True)
+            for kind, factor in zip(TYPES, (10, 1), strict=True)
         )
         items.append(Plan(f"plan-{number}", 1, f"Plan {number}", "USD", 0, charges))
     for number in range(ACCOUNTS):
@@ -108,9 +114,6 @@ def catalog() -> list[Item]:
 
 def events(count: int, seed: int = 7, times_us: tuple[int, int] | None = None) -> list[Message]:
     """2 % repeats, 0.1 % that cannot be rated; times rise over 19 days up to yesterday, or over ``times_us``."""
-    schemas = load_schemas()
-    newest = schemas.newest(EVENTS)
-    schema, head = newest.parsed(), frame(newest.id)
     dice = random.Random(seed)
     now = time.time_ns() // 1000
     first, last = times_us or (now - 20 * _DAY_US, now - _DAY_US)
@@ -122,28 +125,47 @@ def events(count: int, seed: int = 7, times_us: tuple[int, int] | None = None) -
             continue
         account = f"nobody-{number % 97}" if luck > 0.9993 else f"acct-{dice.randrange(ACCOUNTS):05d}"
         quantity = dice.randrange(1, 2001)
-        out = io.BytesIO()
-        out.write(head)
-        fastavro.schemaless_writer(
-            out,
-            schema,
-            {
-                "idempotency_key": f"{dice.getrandbits(128):032x}",
-                "account": account,
-                "event_type": _TYPES[dice.random() < 0.3],
-                "timestamp": first + number * (last - first) // count,
-                "subject": "",
-                "properties": {
+        made.append(
+            message(
+                key=f"{dice.getrandbits(128):032x}",
+                account=account,
+                event_type=TYPES[dice.random() < 0.3],
+                timestamp=first + number * (last - first) // count,
+                sequence=number + 1,
+                properties={
                     "tokens": "12x" if 0.9990 < luck <= 0.9993 else str(quantity),
                     "model": _MODELS[quantity % 3],
                     "region": _REGIONS[number % 3],
                 },
-                "source": "bench/1",
-                "sequence": number + 1,
-            },
+            )
         )
-        made.append((account.encode(), out.getvalue()))
     return made
+
+
+def message(
+    *, key: str, account: str, event_type: str, timestamp: int, sequence: int, properties: dict[str, str]
+) -> Message:
+    """A usage event as a producer sends it; ``timestamp`` in microseconds since 1970 UTC."""
+    newest = load_schemas().newest(EVENTS)
+    event = {
+        "idempotency_key": key,
+        "account": account,
+        "event_type": event_type,
+        "timestamp": timestamp,
+        "subject": "",
+        "properties": properties,
+        "source": "bench/1",
+        "sequence": sequence,
+    }
+    out = io.BytesIO()
+    out.write(frame(newest.id))
+    fastavro.schemaless_writer(out, _parsed(newest), event)
+    return account.encode(), out.getvalue()
+
+
+@cache
+def _parsed(version: SchemaVersion) -> Schema:
+    return version.parsed()
 
 
 def send(settings: Settings, topic: str, messages: list[Message]) -> None:
@@ -169,13 +191,15 @@ def send(settings: Settings, topic: str, messages: list[Message]) -> None:
         raise RuntimeError(f"not everything reached {topic}: {failures[:1]}")
 
 
-def send_catalog(settings: Settings) -> None:
+def send_catalog(settings: Settings, items: Sequence[Item]) -> None:
     schemas = load_schemas()
     messages = []
-    for item in catalog():
-        kind = type(item).__name__.lower()
+    for item in items:
+        kind = kind_of(item)
+        known = kind != "price_list"  # to the schema's enum
         entry = {
-            "kind": kind,
+            "kind": kind if known else "plan",
+            "document_kind": "" if known else kind,
             "id": item.id,
             "version": 1,
             "valid_from": to_datetime(0),

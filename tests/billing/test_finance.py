@@ -20,6 +20,14 @@ VIEWS = {
     "unrated_usage",
     "quarantined_usage",
     "usage_gaps",
+    "price_changes",
+    "usage_corrections",
+    "close_entries",
+    "credits",
+    "credit_balances",
+    "credit_entries",
+    "commitments",
+    "alerts",
 }
 
 

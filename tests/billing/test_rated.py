@@ -1,6 +1,8 @@
 """The sink's hand-written reader against fastavro, and what it refuses."""
 
+import io
 from collections.abc import Iterator
+from decimal import Decimal
 
 import fastavro
 import pytest
@@ -8,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.billing import commit, rated
-from pipeline.billing.rated import KINDS, Malformed, Row, reader
+from pipeline.billing.rated import KINDS, PRICE_CLASSES, Malformed, Row, reader
 from pipeline.core.money import scaled
-from pipeline.infra.avro import RATED, Record, load_schemas
+from pipeline.infra.avro import RATED, Record, frame, load_schemas
 from tests.billing.records import rated_record, scaled_decimal
 
 SCHEMAS = load_schemas()
+#: Of RatedUsage, oldest first.
+VERSIONS = [version for version in SCHEMAS.versions if version.subject == RATED]
 #: PostgreSQL's text holds no NUL; the reader refuses it, see below.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=150)
 LONG = st.integers(-(2**63), 2**63 - 1)
@@ -60,6 +64,7 @@ def records(draw: st.DrawFn) -> Record:
         "segment_start": draw(MICROS),
         "cell": draw(TEXT),
         "currency": draw(st.sampled_from(["USD", "JPY", "KWD"])),
+        "price_class": draw(st.sampled_from(PRICE_CLASSES)),
         "entry": draw(INT),
         "kind": draw(st.sampled_from(KINDS)),
         "quantity": scaled_decimal(draw(QUANTITY), 9),
@@ -103,12 +108,40 @@ def _flat(row: Row) -> tuple[object, ...]:
 
 def test_reads_the_fields_of_the_schema_in_its_order() -> None:
     """A new version of the shape must come with a reader that knows it."""
-    versions = [v for v in SCHEMAS.versions if v.subject == RATED]
-    for version in versions:
+    newest = list(rated_record())
+    first = [name for name in newest if name != "price_class"]
+    for version, expected in zip(VERSIONS, (first, newest), strict=True):
         names = [field["name"] for field in version.parsed()["fields"]]  # type: ignore[index,call-overload]
         event = [field["name"] for field in version.parsed()["fields"][0]["type"]["fields"]]  # type: ignore[index,call-overload]
         assert event == list(rated_record()["event"])
-        assert names == list(rated_record())
+        assert names == expected
+
+
+@given(st.lists(records(), min_size=1, max_size=3), st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=8))
+def test_rows_from_before_there_were_price_classes_are_running(
+    made: list[Record], order: list[tuple[int, bool]]
+) -> None:
+    """While raters are upgraded one by one, rows of both versions come in turn, of the same events and terms."""
+    read = reader(SCHEMAS).read
+    for i, old in order:
+        record = made[i % len(made)]
+        data = _as_first_version(record) if old else SCHEMAS.encode(RATED, record)
+        assert _flat(read(data)) == _expected(record | {"price_class": "running"} if old else record)
+
+
+def test_a_row_of_the_first_version_is_not_read_as_one_of_the_second() -> None:
+    """Both begin alike, and this one would read as a void of the second: one byte further on, it is well formed."""
+    read, tiny = reader(SCHEMAS).read, Decimal("2E-9")
+    record = rated_record(quantity=tiny, before=tiny, quantity_after=tiny, amount=0)
+    for data in (SCHEMAS.encode(RATED, record), *[_as_first_version(record)] * 2):
+        assert _flat(read(data)) == _expected(record)
+
+
+def _as_first_version(record: Record) -> bytes:
+    out = io.BytesIO()
+    out.write(frame(VERSIONS[0].id))
+    fastavro.schemaless_writer(out, VERSIONS[0].parsed(), record)
+    return out.getvalue()
 
 
 @given(st.lists(records(), min_size=1, max_size=3), st.lists(st.integers(0, 2), min_size=1, max_size=6))

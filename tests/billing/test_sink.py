@@ -176,6 +176,35 @@ def test_versions_that_differ_have_lines_of_their_own(settings: Settings, rater:
     assert query(settings, "SELECT meter_version, events FROM billing.invoice_line ORDER BY 1") == [(1, 1), (2, 1)]
 
 
+def test_a_lines_quantity_is_what_its_rows_moved_its_counter_by(settings: Settings, rater: Rater) -> None:
+    """The maximum of what was measured for a meter that is a maximum, not the sum."""
+    measured = [(10, 0, 10), (4, 10, 10), (12, 10, 12)]
+    rows = [
+        rated_record(key=f"k{quantity}", quantity=quantity, before=before, quantity_after=Decimal(after))
+        for quantity, before, after in measured
+    ]
+    write(settings, rater, lambda: rater.rated(rows), 3)
+    assert query(settings, "SELECT quantity, events FROM billing.invoice_line") == [(12, 3)]
+
+
+def test_a_line_is_as_unsure_as_the_least_sure_of_its_rows(settings: Settings, rater: Rater) -> None:
+    """A contract that ends early may turn what was running into an estimate, within a batch and after it."""
+    shown = "SELECT charge, price_class, provisional FROM finance.invoice_lines ORDER BY charge"
+
+    def row(charge: str, price_class: str, number: int) -> Record:
+        return rated_record(charge=charge, price_class=price_class, key=f"k{number}", amount=1)
+
+    first = [("a", "running"), ("b", "per_event"), ("b", "period"), ("b", "running"), ("c", "per_event")]
+    write(settings, rater, lambda: rater.rated(row(*of, number) for number, of in enumerate(first)), 5)
+    assert query(settings, shown) == [("a", "running", False), ("b", "period", True), ("c", "per_event", False)]
+    assert query(settings, "SELECT exact_amount, provisional_amount FROM finance.open_invoices") == [(5, 3)]
+    later = [("a", "period"), ("b", "running"), ("c", "running")]
+    write(settings, rater, lambda: rater.rated(row(*of, number) for number, of in enumerate(later, 5)), 8)
+    assert query(settings, shown) == [("a", "period", True), ("b", "period", True), ("c", "per_event", False)]
+    provisional = "SELECT count(*) FILTER (WHERE provisional) FROM finance.rated_usage"
+    assert query(settings, provisional) == [(6,)]
+
+
 def test_reference_values_are_kept_with_a_mark_when_there_are_more(settings: Settings, rater: Rater) -> None:
     charge = Charge("input", "tokens", "per_unit", Decimal(1), references=("order", "file"))
     publish(settings, Plan("basic", 1, "Basic", "USD", 0, (charge,)))

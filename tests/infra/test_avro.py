@@ -11,8 +11,10 @@ import pytest
 from avro.compatibility import ReaderWriterCompatibilityChecker, SchemaCompatibilityType
 
 from pipeline.infra.avro import (
+    ALERTS,
     CATALOG,
     CONTROLS,
+    CORRECTIONS,
     DEAD_LETTER,
     EVENTS,
     RATED,
@@ -86,7 +88,7 @@ def test_ids_are_unique_and_versions_count_from_one() -> None:
     versions: defaultdict[str, list[int]] = defaultdict(list)
     for entry in LISTED:
         versions[entry["subject"]].append(entry["version"])
-    assert versions.keys() == {EVENTS, RATED, RECEIPTS, DEAD_LETTER, CATALOG, CONTROLS}
+    assert versions.keys() == {EVENTS, RATED, RECEIPTS, DEAD_LETTER, CATALOG, CONTROLS, CORRECTIONS, ALERTS}
     assert all(found == list(range(1, len(found) + 1)) for found in versions.values())
 
 
@@ -125,7 +127,7 @@ def _broken_pairs(schemas: list[Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("subject", [EVENTS, RATED, RECEIPTS, DEAD_LETTER, CATALOG, CONTROLS])
+@pytest.mark.parametrize("subject", [EVENTS, RATED, RECEIPTS, DEAD_LETTER, CATALOG, CONTROLS, CORRECTIONS])
 def test_every_version_of_a_subject_reads_every_other(subject: str) -> None:
     files = [v.file for v in SCHEMAS.versions if v.subject == subject]
     assert files

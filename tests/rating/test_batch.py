@@ -352,7 +352,7 @@ def test_the_window_is_judged_at_first_arrival_however_long_it_was_parked() -> N
 def test_foreign_bytes_on_the_retry_topic_are_dead_letters() -> None:
     outcome = retry(message(b"junk", 3, topic="usage.retry"), parked(usage(), 4))
     assert reasons(outcome) == [Reason.UNDECODABLE]
-    assert "expected a parked event on the retry topic" in outcome.dead[0].rejection.message
+    assert "expected a parked event or a correction" in outcome.dead[0].rejection.message
     assert len(outcome.rated) == 1
 
 

@@ -70,6 +70,7 @@ def test_a_row_is_the_whole_story() -> None:
         "segment_start": datetime(2026, 3, 1, tzinfo=UTC),
         "cell": "",
         "currency": "USD",
+        "price_class": "running",
         "entry": 0,
         "kind": "usage",
         "quantity": Decimal("2.5"),
@@ -97,7 +98,7 @@ def test_the_event_in_a_row_is_byte_for_byte_the_one_received(
     size = len(received) - FRAME_BYTES
     assert row[FRAME_BYTES:][:size] == received[FRAME_BYTES:]
 
-    schema = fastavro.parse_schema(json.loads((schemas_dir() / "avro" / "rated_usage.avsc").read_text()))
+    schema = fastavro.parse_schema(json.loads((schemas_dir() / "avro" / "rated_usage.v2.avsc").read_text()))
     decoded = SCHEMAS.decode(row, RATED)
     # Map entries may be written in any order: compare what comes after the event.
     again, event_only = io.BytesIO(), io.BytesIO()

@@ -297,6 +297,7 @@ def test_entries_are_grouped_by_the_day_they_expire() -> None:
     ]
     rated = run(records).rated
     grouped = by_expiry(rated, NOW_MS - 5 * DAY_MS)
+    assert by_expiry(rated, NOW_MS).keys() == {expiry_day(NOW_MS, NOW_MS)}
     days = [expiry_day(event.record.timestamp, NOW_MS - 5 * DAY_MS) for event in rated]
     assert grouped == {day: [event.identity + event.payload] for day, event in zip(days, rated, strict=True)}
     assert len(grouped) == 2

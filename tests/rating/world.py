@@ -15,8 +15,11 @@ import pytest
 from pipeline.core.catalog import Catalog, Entry
 from pipeline.core.charges import Charge, Tier
 from pipeline.core.contracts import Account, Contract
-from pipeline.core.documents import kind_of, to_document
+from pipeline.core.corrections import Correction, HeldRow
+from pipeline.core.documents import Item, kind_of, to_document
 from pipeline.core.meters import Filter, Meter
+from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, scaled
+from pipeline.core.periods import to_micros
 from pipeline.core.plans import Plan
 from pipeline.core.usage import ParkedRecord
 from pipeline.infra.avro import EVENTS, RATED, frame, load_schemas
@@ -35,7 +38,7 @@ DAY_MS = 86_400_000
 NOW_MS = 1_773_144_000_000
 NOW_US = NOW_MS * 1000
 EVENT_FRAME = frame(SCHEMAS.newest(EVENTS).id)
-SHAPE = Shape("usage.events", PARTITIONS, {EVENT_FRAME: frame(SCHEMAS.newest(RATED).id)})
+SHAPE = Shape("usage.events", PARTITIONS, {EVENT_FRAME: frame(SCHEMAS.newest(RATED).id)}, SCHEMAS)
 
 
 def _plain(schema: Any) -> Any:
@@ -115,6 +118,38 @@ def parked(event: Mapping[str, Any], offset: int = 0, **fields: Any) -> ParkedRe
     )._replace(**fields)
 
 
+def correction(of: Sequence[Mapping[str, Any]], new: Mapping[str, Any] | None = None, *, entry: int = 1) -> Correction:
+    """A correction of the event behind these decoded rows, to be taken back or to say something else."""
+    first = of[0]
+    return Correction(
+        number=7,
+        entry=entry,
+        reason_code="test_usage",
+        actor="ada",
+        decided_at_us=NOW_US,
+        catalog_offset=max(row["catalog_offset"] for row in of),
+        origin_topic=first["origin_topic"],
+        origin_partition=first["origin_partition"],
+        origin_offset=first["origin_offset"],
+        origin_appended_ms=to_micros(first["origin_appended_at"]) // 1000,
+        event=SCHEMAS.encode(EVENTS, first["event"]),
+        rows=tuple(map(_held, of)),
+        replacement=None if new is None else SCHEMAS.encode(EVENTS, new),
+    )
+
+
+def _held(row: Mapping[str, Any]) -> HeldRow:
+    plain = ("contract", "plan", "plan_version", "meter", "meter_version", "price_version", "charge", "cell")
+    return HeldRow(
+        **{name: row[name] for name in (*plain, "currency", "price_class", "late")},
+        period_start_us=to_micros(row["period_start"]),
+        period_end_us=to_micros(row["period_end"]),
+        segment_start_us=to_micros(row["segment_start"]),
+        quantity=scaled(row["quantity"], QUANTITY_DECIMALS),
+        amount=scaled(row["amount"], AMOUNT_DECIMALS),
+    )
+
+
 # -- catalog
 
 
@@ -151,16 +186,16 @@ def contract(account: str = "acme", id: str | None = None, start_us: int = 0, en
     return Contract(id or f"{account}-main", 1, account, "basic", start_us, end_us)
 
 
-def entries(items: Iterable[Account | Contract | Meter | Plan]) -> list[Entry]:
+def entries(items: Iterable[Item]) -> list[Entry]:
     return [
         Entry(kind_of(item), item.id, item.version, getattr(item, "valid_from_us", 0), to_document(item))
         for item in items
     ]
 
 
-def view(*items: Account | Contract | Meter | Plan, offset: int = 7) -> TermsView:
+def view(*items: Item, offset: int = 7) -> TermsView:
     """A catalog of these, or the plainest one: acme, one contract, one meter, one charge."""
-    chosen = items or (meter(), plan(per_unit()), account(), contract())
+    chosen: Sequence[Item] = items or (meter(), plan(per_unit()), account(), contract())
     return TermsView(Catalog.empty().extend(entries(chosen), offset))
 
 

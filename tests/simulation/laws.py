@@ -10,9 +10,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from pipeline.core.charges import Charge
 from pipeline.core.plans import Plan
-from pipeline.infra.avro import DEAD_LETTER, EVENTS, RATED, RECEIPTS
+from pipeline.infra.avro import CORRECTIONS, DEAD_LETTER, EVENTS, RATED, RECEIPTS, frame
 from pipeline.rating.batch import RETRY_FOR_MS
+from pipeline.rating.correct import correction_identity
 from tests.rating.world import SCHEMAS, cost
 from tests.simulation.kafka import Entry
 from tests.simulation.world import GROUP, PARTITIONS, TOPICS, World, prices
@@ -49,38 +51,56 @@ def _check_raters(world: World) -> None:
 
 
 def _check_once(rows: list[dict[str, Any]]) -> None:
-    """Each identity is rated once, for all its charges, from one arrival."""
-    charges: defaultdict[bytes, list[tuple[str, Origin]]] = defaultdict(list)
+    """Each identity is rated once, for all its charges, from one arrival; and so is each of its corrections."""
+    charges: defaultdict[tuple[bytes, int], list[tuple[str, str, Origin]]] = defaultdict(list)
     for row in rows:
-        charges[row["identity"]].append((row["charge"], (row["origin_partition"], row["origin_offset"])))
-    for rated in charges.values():
+        origin = (row["origin_partition"], row["origin_offset"])
+        charges[row["identity"], row["entry"]].append((row["charge"], row["kind"], origin))
+    for (identity, entry), rated in charges.items():
         assert len(rated) == 2, f"expected one row for each of two charges, got {rated}"
         assert rated[0][0] != rated[1][0], f"rated twice for a charge: {rated}"
-        assert rated[0][1] == rated[1][1], f"rated from two arrivals: {rated}"
+        assert rated[0][1:] == rated[1][1:], f"rated from two arrivals: {rated}"
+        kind = "usage" if entry == 0 else "void" if entry % 2 else "correction"
+        assert rated[0][1] == kind, f"expected entry {entry} of kind {kind}, got {rated}"
+        assert entry == 0 or (identity, entry - 1) in charges, f"entry {entry} without the one before: {rated}"
 
 
 def _check_amounts(world: World, rows: list[dict[str, Any]]) -> None:
-    """Running quantities chain; amounts are differences of the price that was known at the row's catalog offset."""
+    """Running quantities chain; amounts are what the prices make of them that the row's catalog offset knew."""
     at: dict[tuple[Any, ...], Fraction] = {}
     for row in rows:
         event = row["event"]
         counter = (event["account"], row["contract"], row["charge"], row["segment_start"])
         before, after = Fraction(row["quantity_before"]), Fraction(row["quantity_after"])
         assert before == at.get(counter, 0), f"{counter}: goes on at {before}, not at {at.get(counter, 0)}"
-        assert after == before + Fraction(event["properties"]["tokens"])
+        tokens = Fraction(event["properties"]["tokens"])
+        assert after == before + (-tokens if row["kind"] == "void" else tokens)
         known = [item for item in world.catalog[: row["catalog_offset"]] if isinstance(item, Plan)]
         happened_us = int(event["timestamp"].timestamp()) * 1_000_000
         in_force = max((p for p in known if p.valid_from_us <= happened_us), key=lambda p: (p.valid_from_us, p.version))
         assert row["plan_version"] == in_force.version, f"priced by version {row['plan_version']}, not {in_force}"
         charge = _CHARGES[in_force.version % 2][row["charge"]]
-        assert Fraction(row["amount"]) == _cost(charge, after) - (_cost(charge, before) if counter in at else 0)
+        assert Fraction(row["amount"]) == _amount(charge, before if counter in at else None, after)
         at[counter] = after
 
 
+def _amount(charge: Charge, before: Fraction | None, after: Fraction) -> Fraction:
+    """What a row adds that moves a counter so, taking an event back too; ``before`` is None for the first."""
+    if charge.model == "percentage":
+        units = after - (before or 0)
+        return units * Fraction(charge.rate or 0) / 100 + (1 if units > 0 else -1) * Fraction(charge.fixed)
+    return _cost(charge, after) - (0 if before is None else _cost(charge, before))
+
+
 def _check_changelogs(world: World, partition: int, rows: list[dict[str, Any]]) -> None:
-    """They say what the rows say: who was rated, and how far each counter is."""
+    """They say what the rows say: who was rated and corrected, and how far each counter is."""
     seen = Counter(identity for identity, _ in _seen(world, partition))
-    assert seen == Counter({row["identity"]: 1 for row in rows}), "rater.seen is not what was rated"
+    applied = {
+        row["identity"] if row["entry"] == 0 else correction_identity(row["identity"], row["entry"])
+        for row in rows
+        if row["kind"] != "correction"
+    }
+    assert seen == Counter(dict.fromkeys(applied, 1)), "rater.seen is not what was rated"
     totals = _totals(world, partition)
     reached: dict[tuple[Any, ...], int] = {}
     for row in rows:
@@ -96,13 +116,16 @@ def _check_receipts(world: World, partition: int, receipts: list[dict[str, Any]]
         topic = receipt["topic"]
         assert receipt["first_offset"] == at[topic], f"{topic}: a receipt from {receipt['first_offset']}, not {at}"
         at[topic] = receipt["next_offset"]
-        counted = sum(receipt[name] for name in ("rated", "duplicates", "parked", "dead_lettered"))
+        counted = sum(receipt[name] for name in _OUTCOMES)
         there = list(world.broker.logs[topic, partition].committed(receipt["first_offset"], receipt["next_offset"]))
         assert receipt["records"] == counted == len(there), f"a receipt counts otherwise than the log: {receipt}"
     for topic, offset in at.items():
         committed = world.broker.groups[GROUP].offset((topic, partition))
         assert committed == offset, f"{topic}: the group is at {committed}, receipts at {offset}"
     assert sum(receipt["rated_rows"] for receipt in receipts) == len(rows)
+
+
+_OUTCOMES = ("rated", "duplicates", "parked", "dead_lettered", "corrections")
 
 
 def _check_disks(world: World) -> None:
@@ -127,6 +150,8 @@ def _totals(world: World, partition: int, end: int | None = None) -> dict[bytes 
 
 # -- what sinks committed
 
+_CORRECTION = frame(SCHEMAS.newest(CORRECTIONS).id)
+
 
 def _check_sinks(world: World) -> None:
     tables = world.store.tables
@@ -141,18 +166,23 @@ def _check_sinks(world: World) -> None:
         elif topic == TOPICS.receipts:
             receipts += (decoded(entry.value, RECEIPTS) for entry in below)
         else:
-            letters += ((topic, partition, entry.offset, decoded(entry.value, DEAD_LETTER)) for entry in below)
+            for entry in below:
+                if not (entry.value or b"").startswith(_CORRECTION):
+                    letters.append((topic, partition, entry.offset, decoded(entry.value, DEAD_LETTER)))
 
     billed = [(row["rated_partition"], row["rated_offset"]) for row in tables["rated"].values()]
     assert Counter(billed) == Counter(rows), "what is billed is not what was rated up to the sink's positions"
     assert tables["quarantine"] == {}, f"messages that should not be there: {tables['quarantine']}"
     sums: Counter[tuple[int, str]] = Counter()
     for row in tables["rated"].values():
-        for name, value in (("quantity", row["quantity"]), ("amount", row["amount"]), ("events", 1)):
+        events = -1 if row["kind"] == "void" else 1
+        for name, value in (("quantity", row["quantity"]), ("amount", row["amount"]), ("events", events)):
             sums[row["line_id"], name] += value
     ids = {line["id"] for line in tables["line"].values()}
     assert {number for number, _ in sums} <= ids, "rows that stand on no line"
     for line in tables["line"].values():
+        model = _CHARGES[line["plan_version"] % 2][line["charge"]].model
+        assert line["price_class"] == ("per_event" if model == "percentage" else "running")
         for name in ("quantity", "amount", "events"):
             assert line[name] == sums[line["id"], name], f"{name} of a line is not the sum of its rows: {line}"
 
@@ -223,6 +253,12 @@ def check_end(world: World) -> None:
             if expired and identity[0] in world.late:
                 allowed |= {"dead_lettered"}
             assert state in allowed, f"{identity} with {tokens} is {state}: {arrivals}"
+    voided = {
+        (row["identity"].bytes, int(row["entry"]))
+        for row in world.store.tables["rated"].values()
+        if row["kind"] == "void"
+    }
+    assert voided == world.corrections.keys(), "what was taken back is not what was to be corrected"
     _check_counts(world)
 
 

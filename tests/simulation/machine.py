@@ -89,6 +89,10 @@ class Histories(RuleBasedStateMachine):
     def replay(self, partition: int, index: int) -> None:
         self.world.replay(partition, index)
 
+    @rule(partition=st.integers(0, PARTITIONS - 1), index=_INDEX, tokens=st.sampled_from([None, "10", "20"]))
+    def correct(self, partition: int, index: int, tokens: str | None) -> None:
+        self.world.correct(partition, index, tokens)
+
     @rule(milliseconds=_TIMES, in_the_dark=st.booleans())
     def time_passes(self, milliseconds: int, in_the_dark: bool) -> None:
         if self.world.broker.now_ms + milliseconds - self.world.started_ms > 20 * DAY_MS:

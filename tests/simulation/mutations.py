@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
 from pipeline.billing import commit as billing_commit
 from pipeline.billing import sink
-from pipeline.rating import partition, take
+from pipeline.rating import correct, partition, take
 from pipeline.rating.changelog import by_expiry
 from pipeline.rating.commit import BatchAborted, Committer, Membership
 from pipeline.rating.state import Positions
@@ -87,6 +88,12 @@ def unstable_offsets() -> AbstractContextManager[Any]:
 def no_restore() -> AbstractContextManager[Any]:
     """The disk is believed, whatever the changelogs say."""
     return patch.object(take, "_restore", lambda *args: (0, 0))
+
+
+def corrections_forgotten() -> AbstractContextManager[Any]:
+    """What corrects an event is not known again when it is read again."""
+    times = count()
+    return patch.object(correct, "correction_identity", lambda event, entry: b"%016d" % next(times))
 
 
 def positions_without_compare() -> AbstractContextManager[Any]:

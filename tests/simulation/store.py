@@ -13,6 +13,7 @@ from psycopg import Error, OperationalError
 from psycopg.errors import DeadlockDetected, UniqueViolation
 
 from pipeline.billing import commit, lines, receipts, sink, unrated
+from pipeline.billing.rated import PRICE_CLASSES
 from pipeline.billing.receipts import Receipt
 from tests.simulation.tasks import pause
 
@@ -21,7 +22,9 @@ Rows = list[tuple[Any, ...]]
 
 _LINE = lines._LINE_COLUMNS.split(", ")
 _ROW = commit._COLUMNS.split(", ")
-_RECEIPT = (*receipts._KEY, *receipts._REST)
+_QUANTITIES = ("quantity", "quantity_before", "quantity_after")
+#: Columns of a stored receipt.
+RECEIPT = (*receipts._KEY, *receipts._REST)
 
 
 class Store:
@@ -67,6 +70,7 @@ class Session:
             lines._LOCK_INVOICES: self._lock_invoices,
             lines._CREATE_LINES: self._create_lines,
             lines._SELECT_LINES: self._select_lines,
+            lines._SET_PRICE_CLASSES: self._set_price_classes,
             receipts._INSERT: self._insert_receipt,
             receipts._SAME: self._same_receipt,
             sink._READ_POSITIONS: self._read_positions,
@@ -140,7 +144,7 @@ class Session:
             self._copied.append(
                 fields
                 | {name: int(fields[name]) for name in ("line_id", "rated_partition", "rated_offset", "entry")}
-                | {name: int(fields[name].removesuffix("e-9")) for name in ("quantity", "quantity_before")}
+                | {name: int(fields[name].removesuffix("e-9")) for name in _QUANTITIES}
                 | {"identity": UUID(hex=fields["identity"]), "amount": int(fields["amount"].removesuffix("e-12"))}
             )
 
@@ -260,12 +264,20 @@ class Session:
 
     def _create_lines(self, parameters: Any) -> Rows:
         for key in zip(*parameters, strict=True):
-            empty = {"id": self._store.next_id(), "quantity": 0, "amount": 0, "events": 0}
+            empty = {"id": self._store.next_id(), "price_class": "running", "quantity": 0, "amount": 0, "events": 0}
             self._insert("line", key, dict(zip(_LINE, key, strict=True)) | empty)
         return []
 
     def _select_lines(self, parameters: Any) -> Rows:
         return [(self._read("line", key)["id"],) for key in zip(*parameters, strict=True)]
+
+    def _set_price_classes(self, parameters: Any) -> Rows:
+        by_id = {line["id"]: (key, line) for key, line in self._rows("line").items()}
+        for line_id, price_class in zip(*parameters, strict=True):
+            key, line = by_id[line_id]
+            if PRICE_CLASSES.index(line["price_class"]) < PRICE_CLASSES.index(price_class):
+                self._put("line", key, line | {"price_class": price_class})
+        return []
 
     # -- rows
 
@@ -312,11 +324,11 @@ class Session:
     # -- accounting
 
     def _insert_receipt(self, values: Any) -> Rows:
-        row = tuple(values[name] for name in _RECEIPT)
+        row = tuple(values[name] for name in RECEIPT)
         return [row[2:3]] if self._insert("receipt", row[:3], row) else []
 
     def _same_receipt(self, values: Any) -> Rows:
-        row = tuple(values[name] for name in _RECEIPT)
+        row = tuple(values[name] for name in RECEIPT)
         return [(1,)] if self._read("receipt", row[:3]) == row else []
 
     def merge_sequence(self, source: str, block: int, bits: int) -> None:

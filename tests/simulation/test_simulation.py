@@ -35,6 +35,7 @@ DEFECTS: dict[str, tuple[Mutation, ...]] = {
     "the disk is believed without its changelogs": (mutations.no_restore,),
     "neither transactional id nor generation fence": (mutations.own_transactional_ids, mutations.no_generation),
     "generation alone, and offsets not read as stable": (mutations.own_transactional_ids, mutations.unstable_offsets),
+    "a correction is not remembered": (mutations.corrections_forgotten,),
     "the sink moves positions without looking": (mutations.positions_without_compare,),
     "the sink moves positions after the rows": (mutations.positions_after_rows,),
 }

@@ -16,7 +16,7 @@ from pipeline.infra.settings import Settings
 from pipeline.rating.batch import Source
 from tests.rating.world import SCHEMAS, account, contract
 from tests.simulation.kafka import Message
-from tests.simulation.store import Session
+from tests.simulation.store import RECEIPT, Session
 from tests.simulation.world import HOUR_MS, SINK_PLACES, TOPICS, World, simulated
 
 Tables = dict[str, list[tuple[Any, ...]]]
@@ -96,13 +96,14 @@ def _in_postgres(settings: Settings, batches: list[Batch]) -> Tables:
     return _sorted(found)
 
 
+_RECEIPT = ("topic", "partition", "first_offset", "next_offset", "rated_rows", "committed_at")
 _TABLES = {
     "position": "SELECT topic, partition, next_offset FROM billing.sink_position",
-    "line": """SELECT account, charge, plan_version, quantity, amount, events
+    "line": """SELECT account, charge, plan_version, price_class::text, quantity, amount, events
         FROM billing.invoice_line JOIN billing.invoice ON invoice.id = invoice_id""",
     "rated": """SELECT identity, charge, rated_partition, rated_offset, origin_partition, origin_offset, quantity,
         amount FROM billing.rated_usage""",
-    "receipt": "SELECT topic, partition, first_offset, next_offset, rated_rows, committed_at FROM billing.receipt",
+    "receipt": f"SELECT {', '.join(_RECEIPT)} FROM billing.receipt",
     "unrated": """SELECT origin_partition, origin_offset, state, letter_topic, letter_partition, letter_offset
         FROM billing.unrated_event""",
     "quarantine": "SELECT reason, rated_topic, rated_partition, rated_offset FROM billing.quarantine",
@@ -140,6 +141,7 @@ def _in_session(world: World, batches: list[Batch]) -> Tables:
                 accounts[line["invoice_id"]],
                 line["charge"],
                 line["plan_version"],
+                line["price_class"],
                 _scaled(line["quantity"], 9),
                 _scaled(line["amount"], 12),
                 line["events"],
@@ -155,7 +157,7 @@ def _in_session(world: World, batches: list[Batch]) -> Tables:
             )
             for row in tables["rated"].values()
         ],
-        "receipt": [(*row[:4], row[10], row[14]) for row in tables["receipt"].values()],
+        "receipt": [tuple(row[RECEIPT.index(name)] for name in _RECEIPT) for row in tables["receipt"].values()],
         "unrated": [
             (*key[1:], row["state"], row["letter_topic"], row["letter_partition"], row["letter_offset"])
             for key, row in tables["unrated"].items()

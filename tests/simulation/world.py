@@ -9,6 +9,7 @@ was fetched) is here played by ``Worker``.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -22,11 +23,12 @@ from pydantic import SecretStr
 from pipeline.billing import commit as billing_commit
 from pipeline.billing import intake, sink
 from pipeline.core.catalog import Catalog
+from pipeline.core.charges import Charge
 from pipeline.core.contracts import Account
 from pipeline.core.limits import Limits
 from pipeline.core.periods import to_datetime
 from pipeline.core.plans import Plan
-from pipeline.infra.avro import DEAD_LETTER
+from pipeline.infra.avro import CORRECTIONS, DEAD_LETTER, RATED
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics, partition_of
 from pipeline.rating import commit, partition, take
@@ -46,6 +48,7 @@ from tests.rating.world import (
     Message,
     account,
     contract,
+    correction,
     entries,
     framed,
     meter,
@@ -65,7 +68,8 @@ BATCH_RECORDS = 4
 ACCOUNTS = {"a": 0, "d": 1, "b": 0, "f": 1}
 assert all(partition_of(name.encode(), PARTITIONS) == home for name, home in ACCOUNTS.items())
 UNPUBLISHED = ("b", "f")
-CHARGES = EVERY_MODEL[:2]
+#: One whose amounts are differences of a running price, one whose amounts are the events' own.
+CHARGES = (EVERY_MODEL[0], Charge("share", "tokens", "percentage", rate=Decimal("1.5"), fixed=Decimal("0.01")))
 
 SECOND_MS, HOUR_MS, DAY_MS = 1000, 3_600_000, 86_400_000
 
@@ -75,7 +79,7 @@ def prices(version: int, valid_from_ms: int) -> Plan:
     first, second = CHARGES
     if version % 2 == 0:
         first, second = replace(first, id=second.id), replace(second, id=first.id)
-    return Plan("basic", version, "Basic", "USD", valid_from_ms * 1000, (first, second))
+    return Plan("basic", version, "Basic", "USD", valid_from_ms * 1000, (first, second), prorate="none")
 
 
 Item = Any
@@ -163,7 +167,7 @@ class Worker(PartitionListener):
             group=GROUP,
             topics=TOPICS,
             schemas=SCHEMAS,
-            shape=Shape(TOPICS.events, PARTITIONS, {EVENT_FRAME: SHAPE.frames[EVENT_FRAME]}),
+            shape=Shape(TOPICS.events, PARTITIONS, {EVENT_FRAME: SHAPE.frames[EVENT_FRAME]}, SCHEMAS),
             batch_records=BATCH_RECORDS,
             limits=Limits(run_max=0, percent_max=100, window=1),
             going_on=_NOBODY,
@@ -435,6 +439,8 @@ class World:
         self.idle_s = 0.0
         self._numbers = count(1)
         self.arrived = 0
+        #: What was sent to correct an event, by identity and entry number.
+        self.corrections: dict[tuple[bytes, int], bytes] = {}
         #: Accounts that events named before they were published.
         self.late: set[str] = set()
         self.database_away = False
@@ -479,6 +485,30 @@ class World:
             home = ACCOUNTS.get(letter["account"] or "", letter["origin_partition"])
             again["parked_at"] = _instant(self.broker.now_ms)
             self.broker.append((TOPICS.retry, home), None, SCHEMAS.encode(DEAD_LETTER, letter | again))
+
+    def correct(self, partition: int, index: int, tokens: str | None) -> None:
+        """Take a rated event back, or set it right, as ``tally usage`` does: sent again while it is on its way."""
+        events: dict[bytes, list[dict[str, Any]]] = {}
+        for entry in self.broker.logs[TOPICS.rated, partition].committed():
+            row = SCHEMAS.decode(entry.value, RATED)
+            rows = events.setdefault(row["identity"], [])
+            if rows and rows[0]["entry"] < row["entry"]:
+                rows.clear()
+            rows.append(row)
+        if not events:
+            return
+        rows = list(events.values())[index % len(events)]
+        identity, entry = rows[0]["identity"], rows[0]["entry"] + 1
+        sent = self.corrections.get((identity, entry))
+        if sent is None:
+            if rows[0]["kind"] == "void":
+                return
+            event = rows[0]["event"]
+            new = None if tokens is None else event | {"properties": {"tokens": tokens}}
+            sent = self.corrections[identity, entry] = SCHEMAS.encode(
+                CORRECTIONS, correction(rows, new, entry=entry).to_record()
+            )
+        self.broker.append((TOPICS.retry, partition), rows[0]["event"]["account"].encode(), sent)
 
     # -- processes
 
