@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
+from pipeline.core.aggregation import aggregate, is_additive
 from pipeline.core.catalog import Catalog, Terms
-from pipeline.core.charges import Charge, compile_price
+from pipeline.core.charges import PER_EVENT, Charge, compile_event_price, compile_price
 from pipeline.core.documents import Entry
-from pipeline.core.meters import Meter, compile_measure
-from pipeline.core.money import amount_decimal
+from pipeline.core.members import Member
+from pipeline.core.meters import Measure, Meter, Properties, compile_cell, compile_measure
+from pipeline.core.money import Amount, Micros, Quantity, amount_decimal
 from pipeline.core.periods import to_micros
 from pipeline.core.reasons import Rejection
 from pipeline.infra.avro import EVENTS, Schemas, frame
@@ -34,7 +36,7 @@ Estimate = Callable[[bytes | None], Money | None]
 
 _CATALOG = """
 SELECT kind, id, version, valid_from, document FROM billing.catalog_version
-WHERE kind IN ('meter', 'plan')
+WHERE kind IN ('meter', 'plan', 'price_list')
     OR kind = 'account' AND id = ANY(%(accounts)s)
     OR kind = 'contract' AND id IN (
         SELECT id FROM billing.catalog_version WHERE kind = 'contract' AND document->>'account' = ANY(%(accounts)s)
@@ -48,11 +50,7 @@ def estimator(connection: "Connection[Any]", accounts: Iterable[str], schemas: S
 
     Raises ValueError for a catalog this program cannot read.
     """
-    rows = connection.execute(_CATALOG, {"accounts": sorted(set(accounts))}).fetchall()
-    entries = (
-        Entry(kind, id_, version, to_micros(valid_from), document) for kind, id_, version, valid_from, document in rows
-    )
-    catalog = Catalog.empty().extend(entries, len(rows))
+    catalog = read_catalog(connection, accounts)
     frames = {frame(schema_id) for schema_id in schemas.ids(EVENTS)}
 
     def estimate(value: bytes | None) -> Money | None:
@@ -63,27 +61,60 @@ def estimator(connection: "Connection[Any]", accounts: Iterable[str], schemas: S
             terms = catalog.terms(event.account.decode(), event.event_type.decode(), event.timestamp_us)
         except (Malformed, OverflowError):
             return None
-        return None if isinstance(terms, Rejection) else _alone(terms, event.properties)
+        return None if isinstance(terms, Rejection) else price_alone(terms, event.timestamp_us, event.properties)
 
     return estimate
 
 
-def _alone(terms: Terms, properties: dict[bytes, bytes]) -> Money | None:
+def read_catalog(connection: "Connection[Any]", accounts: Iterable[str]) -> Catalog:
+    """Everything published so far that prices these accounts.
+
+    Raises ValueError for a catalog this program cannot read.
+    """
+    rows = connection.execute(_CATALOG, {"accounts": sorted(set(accounts))}).fetchall()
+    entries = (
+        Entry(kind, id_, version, to_micros(valid_from), document) for kind, id_, version, valid_from, document in rows
+    )
+    return Catalog.empty().extend(entries, len(rows))
+
+
+def price_alone(terms: Terms, at_us: Micros, properties: Properties) -> Money | None:
+    """What an event would cost if it were its segment's only one; None where a charge cannot price it.
+
+    Without what is due in any case: flat fees, minimums. Free events and pools are for other events.
+    """
     total = 0
     for charge, meter in terms.priced:
         quantity = _measure(meter)(properties)
         if isinstance(quantity, Rejection):
             return None
-        if quantity is not None:
-            total += _price(charge)(quantity)
+        if quantity is None:
+            continue
+        if not is_additive(meter):
+            quantity = _aggregated(terms, meter, Member(at_us, "", quantity))
+        amount = _price(charge)(quantity, properties)
+        if not isinstance(amount, int):
+            return None
+        total += amount
     return Money(amount_decimal(total), terms.segment.plan.currency)
 
 
+def _aggregated(terms: Terms, meter: Meter, member: Member) -> Quantity:
+    segment = terms.segment
+    period_us = segment.period.end_us - segment.period.start_us
+    return aggregate(meter, [member], segment.start_us, segment.end_us, period_us=period_us)
+
+
 @cache
-def _measure(meter: Meter) -> Callable[[dict[bytes, bytes]], int | Rejection | None]:
+def _measure(meter: Meter) -> Measure:
     return compile_measure(meter)
 
 
 @cache
-def _price(charge: Charge) -> Callable[[int], int]:
-    return compile_price(charge)
+def _price(charge: Charge) -> Callable[[Quantity, Properties], Amount | Rejection | None]:
+    """From an event's quantity and properties to its cost; None or a Rejection where it has no price."""
+    if charge.model in PER_EVENT:
+        return compile_event_price(charge)
+    cell_of = compile_cell(charge.by)
+    price = cache(lambda cell: compile_price(charge, tuple(value.decode() for value in cell)))
+    return lambda quantity, properties: price(cell_of(properties))(quantity)
