@@ -1,4 +1,4 @@
-"""Why an event, a line or an invoice is what it is: inputs, price version, arithmetic, and links both ways.
+"""Why an event, a line, an invoice or an account's month is what it is: inputs, versions, arithmetic, links both ways.
 
 Everything is read from what the pipeline stored; the price is worked out anew and held against the stored amount.
 Answers are plain data: quantities and amounts exact decimals, times aware, UTC.
@@ -6,7 +6,7 @@ Answers are plain data: quantities and amounts exact decimals, times aware, UTC.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -16,18 +16,28 @@ from psycopg import Connection
 from psycopg.rows import dict_row
 from xxhash import xxh3_128_digest
 
+from pipeline.billing.close_entries import StoredLine, read_lines
 from pipeline.billing.intake import PlainReader
-from pipeline.billing.prices import NoPrice, Prices
+from pipeline.billing.prices import LinePrice, NoPrice, Priced, Prices, read_catalog
 from pipeline.billing.rated import Malformed
-from pipeline.core.charges import Share, compile_price, tier_shares
+from pipeline.billing.rerate import Month, differences, is_line_of, price_period, prorated
+from pipeline.core.catalog import Segment
+from pipeline.core.cells import cell_values
+from pipeline.core.charges import Charge, Share, compile_amount, event_shares, tier_shares
+from pipeline.core.explanations import Wording, explain_parts, explain_span, explain_usage
+from pipeline.core.members import Member
 from pipeline.core.money import (
     AMOUNT_DECIMALS,
     QUANTITY_DECIMALS,
+    Amount,
+    Quantity,
     amount_decimal,
     quantity_decimal,
     scaled,
 )
 from pipeline.core.periods import to_datetime
+from pipeline.core.reasons import Rejection
+from pipeline.core.rerating import ClosedLine
 from pipeline.infra import wire
 from pipeline.infra.avro import EVENTS, load_schemas
 from pipeline.infra.kafka import passes
@@ -48,15 +58,19 @@ class Ambiguous(ValueError):
 
 
 def explain(settings: Settings, what: str) -> Explanation | None:
-    """Explain ``line:ID``, ``invoice:ID``, ``usage.events/PARTITION/OFFSET``, ``ACCOUNT/KEY`` or ``KEY``.
+    """Explain ``line:ID``, ``invoice:ID``, ``month:ACCOUNT/YYYY-MM``, ``usage.events/PARTITION/OFFSET``,
+    ``ACCOUNT/KEY`` or ``KEY``.
 
-    None when there is no such thing. Raises Ambiguous for a bare key of several accounts.
+    None when there is no such thing. Raises Ambiguous for a bare key of several accounts, ValueError for a charge that
+    cannot be priced.
     """
     with connect(settings.dsn, application="explain") as connection:
         if found := re.fullmatch(r"line:(\d{1,18})", what):
             return _line(connection, int(found[1]))
         if found := re.fullmatch(r"invoice:(\d{1,18})", what):
             return _invoice(connection, int(found[1]))
+        if found := re.fullmatch(r"month:(.+)/(\d{4}-\d{2})", what):
+            return _month(connection, found[1], Month.parse(found[2]))
         prefix = re.escape(settings.topic_prefix)
         if found := re.fullmatch(rf"(?:{prefix})?usage\.events/(\d{{1,9}})/(\d{{1,18}})", what):
             return _Finder(settings, connection).at_origin(int(found[1]), int(found[2]))
@@ -292,67 +306,106 @@ def _quarantined(connection: "Connection[Any]", account: str, key: str) -> list[
     )
 
 
-# -- arithmetic
+# -- arithmetic of an event
 
 
 def _priced_row(row: Explanation, prices: Prices) -> Explanation:
     names = (
-        "charge cell entry kind contract plan plan_version price_version meter meter_version quantity quantity_before "
-        "quantity_after currency period_start period_end segment_start late catalog_offset rated_partition rated_offset"
+        "charge cell entry kind contract plan plan_version price_version price_class meter meter_version quantity "
+        "quantity_before quantity_after currency period_start period_end segment_start late catalog_offset "
+        "rated_partition rated_offset"
     )
     return {
         **{name: row[name] for name in names.split()},
         "amount": row["exact_amount"],
-        "arithmetic": _difference(prices, row),
+        "arithmetic": _of_row(prices, row),
         "line": f"line:{row['line_id']}",
         "invoice": f"invoice:{row['invoice_id']}",
     }
 
 
-def _difference(prices: Prices, row: Explanation) -> Explanation | None:
-    """The event's amount as price(after) - price(before), part by part; None where the catalog has no price."""
+def _of_row(prices: Prices, row: Explanation) -> Explanation | None:
+    """How the event's amount came about; None where the catalog has no price."""
     try:
-        charge = prices.charge(row["plan"], row["plan_version"], row["charge"])
+        found = prices.find(Priced.of(row))
     except NoPrice:
         return None
-    before, after = (scaled(row[name], QUANTITY_DECIMALS) for name in ("quantity_before", "quantity_after"))
+    charge = found.charge
+    told: Explanation = {"model": charge.model, "price_class": row["price_class"], "note": None}
+    if row["price_class"] == "period":
+        return told | {"how": "provisional", "note": _PROVISIONAL}
     amount = scaled(row["exact_amount"], AMOUNT_DECIMALS)
-    price = compile_price(charge)
+    if row["price_class"] == "per_event":
+        told |= _own_price(found, row)
+    else:
+        told |= _difference(found, row, amount)
+    told["proved"] = told["difference"] == amount_decimal(amount)
+    if not told["proved"] and (found.segment is None or prorated(found.segment, charge)):
+        told["note"] = _CHANGED_SINCE
+    return told
+
+
+_PROVISIONAL = "Provisional: what this charge costs depends on the whole period, so the close prices all of it at once."
+_CHANGED_SINCE = "Other prices, or another share of the period, hold there since: the close books the difference."
+
+
+def _difference(found: LinePrice, row: Explanation, amount: Amount) -> Explanation:
+    """The event's amount as price(after) - price(before), part by part."""
+    charge, wording = found.charge, _wording(found, row)
+    before, after = (scaled(row[name], QUANTITY_DECIMALS) for name in ("quantity_before", "quantity_after"))
+    shares_after = _shares(charge, after, wording.cell)
     # A counter without an event yet is absent and costs 0, where a counter at 0 may already owe a flat fee (law 3).
-    absent = before == 0 and amount == price(after)
-    shares_before = [] if absent else tier_shares(charge, before)
-    shares_after = tier_shares(charge, after)
-    cost_before, cost_after = (sum(share.amount for share in shares) for shares in (shares_before, shares_after))
-    return {
-        "model": charge.model,
-        "before": {
-            "quantity": quantity_decimal(before),
-            "cost": amount_decimal(cost_before),
-            "parts": _parts(shares_before),
-        },
-        "after": {
-            "quantity": quantity_decimal(after),
-            "cost": amount_decimal(cost_after),
-            "parts": _parts(shares_after),
-        },
-        "difference": amount_decimal(cost_after - cost_before),
-        "proved": cost_after - cost_before == amount,
-    }
-
-
-def _parts(shares: list[Share]) -> list[Explanation]:
-    return [
-        {
-            "over": quantity_decimal(share.first),
-            "up_to": quantity_decimal(share.last),
-            "quantity": quantity_decimal(share.quantity),
-            "packages": share.packages,
-            "unit_price": share.unit_price,
-            "flat": share.flat,
-            "amount": amount_decimal(share.amount),
+    absent = before == 0 and amount == sum(share.amount for share in shares_after)
+    shares_before = [] if absent else _shares(charge, before, wording.cell)
+    sides = {"before": (before, shares_before), "after": (after, shares_after)}
+    told: Explanation = {
+        name: {
+            "quantity": quantity_decimal(quantity),
+            "cost": amount_decimal(sum(share.amount for share in shares)),
+            "parts": _parts(shares, wording),
         }
-        for share in shares
-    ]
+        for name, (quantity, shares) in sides.items()
+    }
+    cost_after, cost_before = (sum(share.amount for share in shares) for shares in (shares_after, shares_before))
+    return {"how": "difference", **told, "difference": amount_decimal(cost_after - cost_before)}
+
+
+def _own_price(found: LinePrice, row: Explanation) -> Explanation:
+    """What the event costs by itself; taken back where it is void."""
+    charge = found.charge
+    sign = -1 if row["kind"] == "void" else 1
+    brought = 0
+    if charge.model == "dynamic":
+        properties = {name.encode(): value.encode() for name, value in row["properties"].items()}
+        given = compile_amount(charge)(properties)
+        assert not isinstance(given, Rejection), "a rated event brought its amount"
+        brought = given
+    member = Member(0, "", sign * scaled(row["quantity"], QUANTITY_DECIMALS), "", "", brought)
+    shares = event_shares(charge, [member])
+    difference = sign * sum(share.amount for share in shares)
+    return {"how": "event", "parts": _parts(shares, _wording(found, row)), "difference": amount_decimal(difference)}
+
+
+def _shares(charge: Charge, quantity: Quantity, cell: tuple[str, ...]) -> list[Share]:
+    try:
+        return tier_shares(charge, quantity, cell)
+    except ValueError:  # beyond a last tier that parks: a later version of the price does not reach there
+        return []
+
+
+def _wording(found: LinePrice, row: Explanation) -> Wording:
+    """``row`` has a cell and a currency."""
+    charge, segment = found.charge, found.segment
+    share = "" if segment is None else explain_span(segment.start_us, segment.end_us, segment.period)
+    unit = found.meter.unit if found.meter else "unit"
+    cell = cell_values(row["cell"], len(charge.by)) if charge.by else ()
+    return Wording(charge, unit, row["currency"], cell, share)
+
+
+def _parts(shares: Iterable[Share], wording: Wording, subject: str = "") -> list[Explanation]:
+    """Parts as data; ``subject`` where each has a counter of its own."""
+    named = {"subject": subject} if wording.charge.per_subject else {}
+    return [named | asdict(part) for part in explain_parts(shares, wording)]
 
 
 # -- lines and invoices
@@ -364,43 +417,66 @@ def _line(connection: "Connection[Any]", line_id: int) -> Explanation | None:
         return None
     events = _rows(
         connection,
-        """SELECT idempotency_key, event_time, quantity, quantity_before, quantity_after, exact_amount AS amount, origin
-        FROM finance.line_events WHERE line_id = %s ORDER BY event_time, idempotency_key LIMIT %s""",
+        """SELECT idempotency_key, event_time, kind, quantity, quantity_before, quantity_after, exact_amount AS amount,
+            origin
+        FROM finance.line_events WHERE line_id = %s ORDER BY event_time, idempotency_key, entry LIMIT %s""",
         [line_id, LINE_EVENTS_MAX],
     )
+    entries = _rows(
+        connection,
+        """SELECT entry_id, reasons, quantity_before, quantity_after, quantity, exact_amount AS amount, booked_at,
+            booked_by, note
+        FROM finance.close_entries WHERE line_id = %s ORDER BY entry_id""",
+        [line_id],
+    )
+    booked = sum((scaled(entry["amount"], AMOUNT_DECIMALS) for entry in entries), 0)
     return {
         "kind": "line",
         **line,
         "invoice": f"invoice:{line['invoice_id']}",
-        "arithmetic": _counter(connection, line),
+        "rows_amount": amount_decimal(scaled(line["exact_amount"], AMOUNT_DECIMALS) - booked),
+        "entries_amount": amount_decimal(booked),
+        "entries": entries,
+        "arithmetic": _of_line(connection, line),
         "first_events": [event | {"event": f"{line['account']}/{event['idempotency_key']}"} for event in events],
     }
 
 
-def _counter(connection: "Connection[Any]", line: Explanation) -> Explanation | None:
-    """The amount of the line's counter as the price of its whole quantity; None where the catalog has no price.
+def _of_line(connection: "Connection[Any]", line: Explanation) -> Explanation | None:
+    """The price of the line's counters from their whole usage; None where the catalog has no price.
 
     A counter has a line for each version of its meter, and its running quantity goes through all of them: only together
-    they cost what the quantity costs.
+    they cost what the quantity costs. Where the sum of the quantity does not tell the price, all events are priced.
     """
     lines = _rows(
         connection,
-        """SELECT line_id, plan_version, meter_version, quantity, exact_amount FROM finance.invoice_lines
+        """SELECT line_id, meter_version, quantity, exact_amount FROM finance.invoice_lines
         WHERE account = %(account)s AND contract = %(contract)s AND charge = %(charge)s AND cell = %(cell)s
-            AND segment_start = %(segment_start)s AND plan = %(plan)s
+            AND segment_start = %(segment_start)s AND plan = %(plan)s AND plan_version = %(plan_version)s
+            AND price_version = %(price_version)s
         ORDER BY first_event_at, line_id""",
         line,
     )
+    prices = Prices(connection)
     try:
-        charge = Prices(connection).charge(line["plan"], max(one["plan_version"] for one in lines), line["charge"])
+        found = prices.find(Priced.of(line))
     except NoPrice:
         return None
+    charge, wording = found.charge, _wording(found, line)
     quantity = sum(scaled(one["quantity"], QUANTITY_DECIMALS) for one in lines)
     amount = sum(scaled(one["exact_amount"], AMOUNT_DECIMALS) for one in lines)
-    shares = tier_shares(charge, quantity)
-    cost = sum(share.amount for share in shares)
+    parts: list[Explanation] | None = None
+    if line["price_class"] == "running" and not charge.per_subject:
+        shares = _shares(charge, quantity, wording.cell)
+        if sum(share.amount for share in shares) == amount or found.segment is None:
+            parts = _parts(shares, wording)
+    if parts is None:
+        parts = _closing_parts(connection, prices, line, found, wording)
+    cost = sum(scaled(part["amount"], AMOUNT_DECIMALS) for part in parts)
+    proved = cost == amount
     return {
         "model": charge.model,
+        "price_class": line["price_class"],
         "lines": [
             {
                 "line": f"line:{one['line_id']}",
@@ -412,10 +488,123 @@ def _counter(connection: "Connection[Any]", line: Explanation) -> Explanation | 
         ],
         "quantity": quantity_decimal(quantity),
         "amount": amount_decimal(amount),
-        "parts": _parts(shares),
+        "parts": parts,
         "cost": amount_decimal(cost),
-        "proved": cost == amount,
+        "proved": proved,
+        "note": None if proved else _why_not(line, found),
     }
+
+
+def _why_not(line: Explanation, found: LinePrice) -> str | None:
+    if found.segment is None:
+        return "Other prices hold for its events by now: `tally rerate` moves them to a line of their own."
+    if line["price_class"] == "period" or found.charge.minimum is not None or prorated(found.segment, found.charge):
+        return "This is the closing price as of now; until the close, or `tally rerate`, the line holds an estimate."
+    return None
+
+
+def _closing_parts(
+    connection: "Connection[Any]", prices: Prices, line: Explanation, found: LinePrice, wording: Wording
+) -> list[Explanation]:
+    """The parts of the line's closing price, counter by counter; none for prices that no longer hold."""
+    if found.segment is None:
+        return []
+    catalog = prices.catalog([line["account"]])
+    closed = price_period(connection, catalog, line["account"], found.segment.period)
+    wanted = (found.segment.start_us, line["charge"], line["cell"])
+    for one in closed.lines:
+        if (one.segment.start_us, one.charge.id, one.cell) == wanted:
+            return [
+                part
+                for counter, closing in one.closings.items()
+                for part in _parts(closing.parts, wording, counter.subject)
+            ]
+    return []
+
+
+# -- an account's month
+
+
+def _month(connection: "Connection[Any]", account: str, month: Month) -> Explanation | None:
+    """The account's month at its closing prices, line by line, and what its lines hold so far."""
+    catalog = read_catalog(connection, [account])
+    if account not in catalog.accounts:
+        return None
+    period = month.period_in(catalog.accounts[account].time_zone)
+    closed = price_period(connection, catalog, account, period)
+    stored = read_lines(connection, account, period)
+    missing = differences(closed, stored)
+    currencies = sorted({segment.plan.currency for segment in closed.segments} | {one.terms.currency for one in stored})
+    return {
+        "kind": "month",
+        "account": account,
+        "month": str(month),
+        "period_start": to_datetime(period.start_us),
+        "period_end": to_datetime(period.end_us),
+        "segments": [_segment(segment) for segment in closed.segments],
+        "lines": [_month_line(one, stored) for one in closed.lines if one.amount or one.events],
+        "refused": [
+            {"event": f"{account}/{use.key}", "event_time": to_datetime(use.at_us), "problem": rejection.message}
+            for use, rejection in closed.refused
+        ],
+        "totals": [
+            {
+                "currency": currency,
+                "amount": amount_decimal(
+                    sum(one.amount for one in closed.lines if one.segment.plan.currency == currency)
+                ),
+                "held": amount_decimal(sum(one.amount for one in stored if one.terms.currency == currency)),
+                "to_book": amount_decimal(sum(one.amount for one in missing if one.terms.currency == currency)),
+            }
+            for currency in currencies
+        ],
+    }
+
+
+def _segment(segment: Segment) -> Explanation:
+    return {
+        "start": to_datetime(segment.start_us),
+        "end": to_datetime(segment.end_us),
+        "share": explain_span(segment.start_us, segment.end_us, segment.period) or "the whole period",
+        "contract": segment.contract.id,
+        "plan": segment.plan.id,
+        "plan_name": segment.plan.name,
+        "price_version": segment.price_version,
+        "trial": segment.trial,
+        "pools": [
+            {"pool": pool.id, "unit": pool.unit, "included": quantity_decimal(pool.included)} for pool in segment.pools
+        ],
+    }
+
+
+def _month_line(line: ClosedLine, stored: Iterable[StoredLine]) -> Explanation:
+    segment = line.segment
+    row = {"cell": line.cell, "currency": segment.plan.currency}
+    wording = _wording(LinePrice(line.charge, line.meter, segment), row)
+    return {
+        "charge": line.charge.id,
+        "cell": line.cell,
+        "model": line.charge.model,
+        "price_class": line.price_class,
+        "price_version": segment.price_version,
+        "segment_start": to_datetime(segment.start_us),
+        "meter": line.charge.meter,
+        "unit": wording.unit,
+        "events": line.events,
+        "quantity": quantity_decimal(line.quantity),
+        "usage": explain_usage(quantity_decimal(line.quantity), wording.unit, line.events),
+        "lines": [f"line:{one.id}" for one in stored if is_line_of(one, line)],
+        "parts": [
+            part
+            for counter, closing in line.closings.items()
+            for part in _parts(closing.parts, wording, counter.subject)
+        ],
+        "amount": amount_decimal(line.amount),
+        "currency": segment.plan.currency,
+    }
+
+
+# -- invoices
 
 
 def _invoice(connection: "Connection[Any]", invoice_id: int) -> Explanation | None:

@@ -23,10 +23,13 @@ from psycopg.rows import dict_row
 
 from pipeline.billing.broker import Log, Run, count_records, logs
 from pipeline.billing.intake import Place
-from pipeline.billing.prices import NoPrice, Prices
+from pipeline.billing.prices import LinePrice, NoPrice, Priced, Prices
+from pipeline.billing.rerate import missing_entries, prorated
+from pipeline.core.cells import cell_values
+from pipeline.core.charges import compile_price
 from pipeline.core.gaps import Cause, Gap, because, when
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decimal, plain, scaled
-from pipeline.core.periods import format_instant, to_micros
+from pipeline.core.periods import Period, format_instant, to_micros
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
@@ -113,11 +116,12 @@ def _checks(
     yield _coverage(connection, topics.retry, found)
     yield _outcomes(connection)
     yield _resolved(connection, topics)
+    yield _corrected(connection)
     yield _rows(connection, topics)
     yield _quarantined(connection)
     yield _lines(connection)
     yield from _amounts(connection)
-    yield _counters(connection)
+    yield from _counters(connection)
     yield _versions(connection)
     yield _sequences(connection, grace_s, deleted=bool(events.difference))
     yield _control_totals(connection, grace_s)
@@ -227,8 +231,8 @@ def _coverage(connection: "Connection[Any]", topic: str, found: Mapping[Place, L
 
 
 _OUTCOMES = """
-SELECT topic, partition, first_offset, records, rated + duplicates + parked + dead_lettered
-FROM billing.receipt WHERE records <> rated + duplicates + parked + dead_lettered ORDER BY 1, 2, 3
+SELECT topic, partition, first_offset, records, rated + duplicates + parked + dead_lettered + corrections
+FROM billing.receipt WHERE records <> rated + duplicates + parked + dead_lettered + corrections ORDER BY 1, 2, 3
 """
 _RECORDS = "SELECT coalesce(sum(records), 0) FROM billing.receipt"
 
@@ -255,6 +259,21 @@ def _resolved(connection: "Connection[Any]", topics: Topics) -> Check:
     return Check(
         "rated on retry = events resolved", Decimal(receipts), Decimal(events), "once parked or replayed, now rated"
     )
+
+
+_CORRECTIONS = """
+SELECT (SELECT coalesce(sum(corrections), 0) FROM billing.receipt),
+    count(*) FILTER (WHERE state IN ('applied', 'quarantined')), count(*) FILTER (WHERE state = 'applied'),
+    count(*) FILTER (WHERE state IN ('unsent', 'sent')), count(*) FILTER (WHERE state = 'refused')
+FROM billing.correction_state
+"""
+
+
+def _corrected(connection: "Connection[Any]") -> Check:
+    """Corrections that raters applied, against those that persons decided and that have their rows."""
+    receipts, there, applied, on_their_way, refused = _one(connection, _CORRECTIONS)
+    detail = f"applied {applied:,}; on their way {on_their_way:,}, refused {refused:,}"
+    return Check("corrections in receipts = with their rows", Decimal(receipts), Decimal(there), detail)
 
 
 _ROWS = """
@@ -294,8 +313,13 @@ def _quarantined(connection: "Connection[Any]") -> Check:
 
 # -- money
 
+# What rows and close entries add up to. Rows move a counter's quantity by what lies between before and after: of a
+# maximum that is not what its events measured.
 _SUMS = """
-SELECT line_id, sum(amount) AS amount, sum(quantity) AS quantity FROM billing.rated_usage GROUP BY line_id
+SELECT line_id, sum(amount) AS amount, sum(quantity) AS quantity FROM (
+    SELECT line_id, amount, quantity_after - quantity_before AS quantity FROM billing.rated_usage
+    UNION ALL SELECT line_id, amount, quantity FROM billing.close_entry
+) AS part GROUP BY line_id
 """
 _LINES = f"""
 SELECT coalesce(line.id, sums.line_id), line.amount, line.quantity, sums.amount, sums.quantity
@@ -309,11 +333,14 @@ ORDER BY 1
 def _lines(connection: "Connection[Any]") -> Check:
     (lines,) = _one(connection, "SELECT count(*) FROM billing.invoice_line")
     places = [
-        f"line:{line} holds {amount} for {quantity}, its rows {rows_amount} for {rows_quantity}"
+        f"line:{line} holds {amount} for {quantity}, its rows and entries {rows_amount} for {rows_quantity}"
         for line, amount, quantity, rows_amount, rows_quantity in connection.execute(_LINES)
     ]
     return Check(
-        "lines = with the sums of their rows", Decimal(lines), Decimal(lines - len(places)), _list(places, "all")
+        "lines = with the sums of their rows and entries",
+        Decimal(lines),
+        Decimal(lines - len(places)),
+        _list(places, "all"),
     )
 
 
@@ -327,50 +354,143 @@ GROUP BY invoice.currency ORDER BY invoice.currency
 
 def _amounts(connection: "Connection[Any]") -> Iterable[Check]:
     for currency, rows, lines in connection.execute(_AMOUNTS):
-        yield Check(f"{currency} of rows = {currency} of lines", rows, lines, "exact, unrounded")
+        yield Check(f"{currency} of rows and entries = of lines", rows, lines, "exact, unrounded")
 
 
-# A counter's lines: one per version of its meter, as a rule one.
+# A counter's lines: one per version of its meter, as a rule one. What its rows alone add up to, so without the entries.
 _COUNTERS = """
-SELECT invoice.account, line.contract, line.charge, line.cell, line.segment_start, line.plan, max(line.plan_version),
-    sum(line.quantity), sum(line.amount), array_agg(line.id ORDER BY line.id)
+WITH booked AS (
+    SELECT line_id, sum(quantity) AS quantity, sum(amount) AS amount FROM billing.close_entry GROUP BY line_id
+)
+SELECT invoice.account, line.contract, line.plan, line.plan_version, line.price_version, line.meter,
+    max(line.meter_version) AS meter_version, line.charge, line.segment_start, line.cell,
+    max(line.price_class)::text AS price_class,
+    sum(line.quantity) - coalesce(sum(booked.quantity), 0) AS quantity,
+    sum(line.amount) - coalesce(sum(booked.amount), 0) AS amount,
+    max(line.last_event_at) AS last_event_at, array_agg(line.id ORDER BY line.id) AS lines
 FROM billing.invoice_line AS line JOIN billing.invoice ON invoice.id = line.invoice_id
+LEFT JOIN booked ON booked.line_id = line.id
 WHERE line.first_event_at IS NOT NULL
-GROUP BY invoice.account, line.contract, line.charge, line.cell, line.segment_start, line.plan
+    AND (invoice.account, invoice.period_start) NOT IN (SELECT account, period_start FROM billing.re_rated_period)
+GROUP BY invoice.account, line.contract, line.plan, line.plan_version, line.price_version, line.meter, line.charge,
+    line.segment_start, line.cell
 ORDER BY min(line.id)
+"""
+_BY_SUBJECT = """
+SELECT sum(quantity_after - quantity_before), sum(amount) FROM billing.rated_usage
+WHERE line_id = ANY(%s) GROUP BY subject
 """
 
 
-def _counters(connection: "Connection[Any]") -> Check:
-    """Amounts are differences of running prices (law 3); over all lines of a counter they add up to price(quantity)."""
+def _counters(connection: "Connection[Any]") -> Iterable[Check]:
+    """Amounts are differences of running prices (law 3): over all rows of a counter they add up to price(quantity).
+
+    That is so for class running, unless a segment cut short has changed the price in between; the others have their
+    price at the close. Whatever its class, a counter is priced by what holds at its time today, unless its period has
+    been re-rated since: see ``_re_rated``.
+    """
     prices = Prices(connection)
-    counters, wrong = 0, 0
-    places: list[str] = []
-    with connection.cursor("counters") as cursor:  # on the server: there may be millions
+    priced, held = _Tally("counters = with the price of their quantity"), _Tally("counters = under today's prices")
+    with connection.cursor("counters", row_factory=dict_row) as cursor:  # on the server: there may be millions
         cursor.itersize = _FETCH_COUNTERS
         cursor.execute(_COUNTERS)
-        for account, contract, charge, cell, start, plan, version, quantity, amount, lines in cursor:
-            counters += 1
-            try:
-                cost = prices.price(plan, version, charge)(scaled(quantity, QUANTITY_DECIMALS))
-                if cost == scaled(amount, AMOUNT_DECIMALS):
-                    continue
-                problem = f"whose price is {plain(amount_decimal(cost))}"
-            except NoPrice as error:
-                problem = str(error)
+        while rows := cursor.fetchmany(_FETCH_COUNTERS):
+            known = prices.catalog({row["account"] for row in rows}).accounts
+            for row in rows:
+                found: LinePrice | str
+                try:
+                    found = prices.find(Priced.of(row))
+                except NoPrice as error:
+                    found = str(error)
+                held.count(row, _not_held(row, found) if row["account"] in known else None)
+                if row["price_class"] == "running":
+                    priced.count(row, _not_priced(connection, row, found))
+    yield priced.check()
+    yield held.check()
+    yield _re_rated(connection, prices)
+
+
+class _Tally:
+    """Counters looked at, and those of them that something is wrong with."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._all = self._wrong = 0
+        self._places: list[str] = []
+
+    def count(self, row: Mapping[str, Any], problem: str | None) -> None:
+        self._all += 1
+        if problem is None:
+            return
+        self._wrong += 1
+        if len(self._places) < _NAMED_MAX:
+            counter = "/".join(
+                (row["account"], row["contract"], row["charge"], *([row["cell"]] if row["cell"] else []))
+            )
+            on = ", ".join(f"line:{line}" for line in row["lines"])
+            start = format_instant(to_micros(row["segment_start"]))
+            self._places.append(
+                f"{counter} from {start} ({on}) holds {plain(row['amount'])} for {plain(row['quantity'])}, {problem}"
+            )
+
+    def check(self) -> Check:
+        detail = _list(self._places, "all", count=self._wrong)
+        return Check(self._name, Decimal(self._all), Decimal(self._all - self._wrong), detail)
+
+
+def _not_held(row: Mapping[str, Any], found: LinePrice | str) -> str | None:
+    """What is wrong with the prices a counter was rated by, as of today's catalog."""
+    if isinstance(found, str):
+        return found
+    if found.segment is None:
+        return f"rated under {row['price_version']}, which does not hold there: `tally rerate`"
+    if to_micros(row["last_event_at"]) >= found.segment.end_us:
+        end = format_instant(found.segment.end_us)
+        return f"rated under {row['price_version']}, which ends at {end}: `tally rerate`"
+    return None
+
+
+def _not_priced(connection: "Connection[Any]", row: Mapping[str, Any], found: LinePrice | str) -> str | None:
+    """What is wrong with the sum of a counter's amounts."""
+    if isinstance(found, str):
+        return found
+    charge, segment = found.charge, found.segment
+    if segment is not None and prorated(segment, charge):
+        return None
+    sums = [(row["quantity"], row["amount"])]
+    if charge.per_subject:
+        sums = connection.execute(_BY_SUBJECT, [row["lines"]]).fetchall()
+    price = compile_price(charge, cell_values(row["cell"], len(charge.by)) if charge.by else ())
+    for quantity, amount in sums:
+        cost = price(scaled(quantity, QUANTITY_DECIMALS))
+        if cost is None:
+            return "which lies beyond the charge's last tier"
+        if cost != scaled(amount, AMOUNT_DECIMALS):
+            of_one = f" of a subject, {plain(quantity)}," if charge.per_subject else ""
+            return f"whose price{of_one} is {plain(amount_decimal(cost))}"
+    return None
+
+
+_RE_RATED = """
+SELECT account, period_start, period_end FROM billing.re_rated_period WHERE state = 'open' ORDER BY 1, 2
+"""
+
+
+def _re_rated(connection: "Connection[Any]", prices: Prices) -> Check:
+    """Where usage was moved between lines, each line stands at its closing price: nothing is left to book."""
+    wrong, places = 0, []
+    periods = connection.execute(_RE_RATED).fetchall()
+    for account, start, end in periods:
+        period = Period(to_micros(start), to_micros(end))
+        if entries := missing_entries(connection, prices.catalog([account]), account, period):
             wrong += 1
-            if len(places) < _NAMED_MAX:
-                counter = "/".join((account, contract, charge, *([cell] if cell else [])))
-                on = ", ".join(f"line:{line}" for line in lines)
-                places.append(
-                    f"{counter} from {format_instant(to_micros(start))} ({on}) holds {plain(amount)} "
-                    f"for {plain(quantity)}, {problem}"
-                )
+            from_ = format_instant(period.start_us)
+            places.append(f"{account} from {from_} lacks {len(entries)} entries: `tally rerate`")
     return Check(
-        "counters = with the price of their quantity",
-        Decimal(counters),
-        Decimal(counters - wrong),
-        _list(places, "all", count=wrong),
+        "periods re-rated = at their closing prices",
+        Decimal(len(periods)),
+        Decimal(len(periods) - wrong),
+        _list(places, "all"),
     )
 
 
@@ -390,7 +510,11 @@ CROSS JOIN LATERAL (VALUES
     ('meter'::billing.catalog_kind, line.meter, line.meter_version, line.first_event_at)
 ) AS used (kind, id, version, counted_from)
 LEFT JOIN valid ON (valid.kind, valid.id, valid.version) = (used.kind, used.id, used.version)
-WHERE line.first_event_at IS NOT NULL AND (
+WHERE line.first_event_at IS NOT NULL
+    AND NOT EXISTS (
+        SELECT FROM billing.invoice JOIN billing.re_rated_period USING (account, period_start)
+        WHERE invoice.id = line.invoice_id
+    ) AND (
     valid.version IS NULL OR least(line.first_event_at, used.counted_from) < valid.valid_from
     OR line.last_event_at >= valid.valid_until
 )
@@ -409,7 +533,10 @@ ORDER BY valid_from DESC, version DESC LIMIT 1
 
 
 def _versions(connection: "Connection[Any]") -> Check:
-    """Each line's plan and meter version is the one valid, as published, at all its events' times (law 4)."""
+    """Each line's plan and meter version is the one valid, as published, at all its events' times (law 4).
+
+    But for periods that were re-rated since: ``_re_rated`` has these.
+    """
     (lines,) = _one(connection, "SELECT count(*) FROM billing.invoice_line")
     wrong: set[int] = set()
     findings = 0

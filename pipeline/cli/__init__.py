@@ -9,7 +9,24 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import accounts, demo, dlq, explain, gaps, plans, produce, reconcile, services, status, workers
+from pipeline.cli import (
+    accounts,
+    backfill,
+    cases,
+    credits,
+    demo,
+    dlq,
+    explain,
+    gaps,
+    plans,
+    produce,
+    reconcile,
+    rerate,
+    services,
+    status,
+    usage,
+    workers,
+)
 from pipeline.cli.output import run_reporting_errors
 
 
@@ -37,7 +54,24 @@ def root(
     """Usage billing on Kafka: events in, invoice lines out, every line proved."""
 
 
-for group in (demo, services, workers, produce, plans, accounts, status, dlq, gaps, explain, reconcile):
+for group in (
+    demo,
+    services,
+    workers,
+    produce,
+    plans,
+    accounts,
+    status,
+    dlq,
+    gaps,
+    explain,
+    reconcile,
+    rerate,
+    usage,
+    backfill,
+    cases,
+    credits,
+):
     group.register(app)
 
 

@@ -1,4 +1,4 @@
-"""`tally explain ID`: why an event, a line or an invoice is what it is."""
+"""`tally explain ID`: why an event, a line, an invoice or an account's month is what it is."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -28,28 +28,29 @@ def explain(
         str,
         typer.Argument(
             metavar="ID",
-            help="An event (KEY or ACCOUNT/KEY), where one arrived (usage.events/2/17), a line (line:123) or an "
-            "invoice (invoice:5).",
+            help="An event (KEY or ACCOUNT/KEY), where one arrived (usage.events/2/17), a line (line:123), an "
+            "invoice (invoice:5) or an account's month (month:acme/2026-10).",
         ),
     ],
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Inputs, price version, tier arithmetic and links both ways, of an event, a line or an invoice."""
+    """Inputs, versions, each part of the price in words, and links both ways, of an event, line, invoice or month."""
     try:
         found = look_up(settings_for(data_dir), what)
     except Ambiguous as error:
         fail(str(error), EXIT_USAGE)
     if found is None:
         fail(
-            "expected an event's KEY or ACCOUNT/KEY, usage.events/PARTITION/OFFSET, line:ID or invoice:ID, "
-            f"got {what!r}, which nothing has. Usage on its way shows after some seconds: `tally status` tells the lag",
+            "expected an event's KEY or ACCOUNT/KEY, usage.events/PARTITION/OFFSET, line:ID, invoice:ID or "
+            f"month:ACCOUNT/YYYY-MM, got {what!r}, which nothing has. Usage on its way shows after some seconds: "
+            "`tally status` tells the lag",
             EXIT_NOT_FOUND,
         )
     if as_json:
         emit_json(found)
         return
-    show = {"event": _event, "line": _line, "invoice": _invoice}[found["kind"]]
+    show = {"event": _event, "line": _line, "invoice": _invoice, "month": _month}[found["kind"]]
     for panel in show(found):
         out.print(panel)
 
@@ -109,22 +110,29 @@ def _rated(row: Explanation) -> Panel:
         ("arrived", row["origin"]),
         ("rated row", f"usage.rated/{row['rated_partition']}/{row['rated_offset']}, catalog {row['catalog_offset']}"),
     ]
-    content: list[RenderableType] = [_facts(facts)]
-    arithmetic = row["arithmetic"]
-    if arithmetic is None:
-        content.append(Text(_NO_PRICE))
-    else:
-        for side in ("before", "after"):
-            quantity, cost, parts = (arithmetic[side][name] for name in ("quantity", "cost", "parts"))
-            content.append(_parts(parts, f"price of {plain(quantity)} ({side})", cost))
-        content.append(
-            Text(
-                f"{plain(arithmetic['after']['cost'])} - {plain(arithmetic['before']['cost'])} = "
-                f"{plain(arithmetic['difference'])}: {_verdict(arithmetic['proved'], row['amount'])}"
-            )
-        )
+    content: list[RenderableType] = [_facts(facts), *_row_arithmetic(row)]
     entry = "" if row["kind"] == "usage" else f", {row['kind']} {row['entry']}"
     return _panel(f"charge {_charge(row)}{entry}", Group(*content))
+
+
+def _row_arithmetic(row: Explanation) -> Iterable[RenderableType]:
+    arithmetic = row["arithmetic"]
+    if arithmetic is None:
+        yield Text(_NO_PRICE)
+        return
+    if arithmetic["how"] == "difference":
+        for side in ("before", "after"):
+            quantity, cost, parts = (arithmetic[side][name] for name in ("quantity", "cost", "parts"))
+            yield _parts(parts, f"price of {plain(quantity)} ({side})", cost)
+        yield Text(
+            f"{plain(arithmetic['after']['cost'])} - {plain(arithmetic['before']['cost'])} = "
+            f"{plain(arithmetic['difference'])}: {_verdict(arithmetic['proved'], row['amount'])}"
+        )
+    elif arithmetic["how"] == "event":
+        yield _parts(arithmetic["parts"], "price of this event", arithmetic["difference"])
+        yield Text(_verdict(arithmetic["proved"], row["amount"]))
+    if arithmetic["note"]:
+        yield Text(arithmetic["note"])
 
 
 def _unrated(one: Explanation) -> Panel:
@@ -159,6 +167,9 @@ def _line(found: Explanation) -> Iterable[RenderableType]:
     ]
     for name, kept in found["reference_values"].items():
         facts.append((f"  {name}", ", ".join(kept["values"]) + (", …" if kept["more"] else "")))
+    if found["entries"]:
+        sums = [plain(found[name]) for name in ("rows_amount", "entries_amount", "exact_amount")]
+        facts.append(("made of", f"{sums[0]} of events + {sums[1]} booked beside them = {sums[2]}"))
     yield _panel(f"line:{found['line_id']}", _facts(facts))
     if (arithmetic := found["arithmetic"]) is None:
         yield Text(_NO_PRICE)
@@ -167,11 +178,27 @@ def _line(found: Explanation) -> Iterable[RenderableType]:
             yield _counter(arithmetic)
         yield _parts(arithmetic["parts"], f"price of {plain(arithmetic['quantity'])}", arithmetic["cost"])
         yield Text(_verdict(arithmetic["proved"], arithmetic["amount"]))
+        if arithmetic["note"]:
+            yield Text(arithmetic["note"])
+    if found["entries"]:
+        yield _entries(found["entries"])
     table = Table("first events", "happened", "quantity", "amount", "arrived at")
     for event in found["first_events"]:
         quantity, amount = plain(event["quantity"]), plain(event["amount"])
-        table.add_row(escape(event["event"]), _time(event["event_time"]), quantity, amount, event["origin"])
+        name = event["event"] if event["kind"] == "usage" else f"{event['event']} ({event['kind']})"
+        table.add_row(escape(name), _time(event["event_time"]), quantity, amount, event["origin"])
     yield table
+
+
+def _entries(entries: list[Explanation]) -> Table:
+    table = Table("booked", "by", "why", "because")
+    for column in ("quantity", "amount"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        why = ", ".join(reason.replace("_", " ") for reason in entry["reasons"])
+        numbers = plain(entry["quantity"]), plain(entry["amount"])
+        table.add_row(_time(entry["booked_at"]), escape(entry["booked_by"]), why, escape(entry["note"]), *numbers)
+    return table
 
 
 def _invoice(found: Explanation) -> Iterable[RenderableType]:
@@ -201,6 +228,36 @@ def _invoice(found: Explanation) -> Iterable[RenderableType]:
     yield Text(f"Amounts in {found['currency']}.")
 
 
+# -- an account's month
+
+
+def _month(found: Explanation) -> Iterable[RenderableType]:
+    facts = [("period", f"{_time(found['period_start'])} to {_time(found['period_end'])}")]
+    for segment in found["segments"]:
+        trial = ", on trial" if segment["trial"] else ""
+        facts.append(
+            (
+                f"from {segment['start']:%Y-%m-%d}",
+                f"{segment['plan_name']} ({segment['price_version']}{trial}), {segment['share']}, "
+                f"contract {segment['contract']}",
+            )
+        )
+        for pool in segment["pools"]:
+            facts.append((f"  pool {pool['pool']}", f"{plain(pool['included'])} {pool['unit']} included"))
+    yield _panel(f"{found['account']} in {found['month']}", _facts(facts))
+    for line in found["lines"]:
+        usage = f": {line['usage']}" if line["meter"] else ""
+        on = f" ({', '.join(line['lines'])})" if line["lines"] else ""
+        title = f"{_charge(line)} from {line['segment_start']:%Y-%m-%d}{usage}{on}"
+        yield _parts(line["parts"], title, line["amount"])
+    for event in found["refused"]:
+        yield Text(f"{event['event']} has no price by today's catalog: {event['problem']}")
+    for total in found["totals"]:
+        amount, held, to_book = (plain(total[name]) for name in ("amount", "held", "to_book"))
+        rest = "as its lines hold" if amount == held else f"its lines hold {held}, {to_book} is booked at the close"
+        yield Text(f"In all {amount} {total['currency']}: {rest}.")
+
+
 # -- pieces
 
 _NO_PRICE = "The catalog has no such price: no arithmetic to show."
@@ -220,19 +277,17 @@ def _quantity(one: Explanation) -> str:
 
 
 def _parts(parts: list[Explanation], title: str, cost: Decimal) -> Table:
-    table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("units", "cost", justify="left")
-    for column, footer in (("quantity", ""), ("unit price", ""), ("flat fee", ""), ("amount", plain(cost))):
+    """Each part in words, with its place in the quantity, and what the parts add up to."""
+    table = Table(title=escape(title), title_justify="left", show_footer=True)
+    table.add_column("what", "cost", justify="left")
+    table.add_column("units", justify="left")
+    for column, footer in (("quantity", ""), ("amount", plain(cost))):
         table.add_column(column, footer, justify="right")
     for part in parts:
-        packages = "" if part["packages"] is None else f" in {part['packages']} packages"
-        table.add_row(
-            f"over {plain(part['over'])} up to {plain(part['up_to'])}",
-            plain(part["quantity"]) + packages,
-            plain(part["unit_price"]),
-            plain(part["flat"]),
-            plain(part["amount"]),
-        )
+        subject = f"{part['subject'] or 'nobody'}: " if "subject" in part else ""
+        units = f"over {plain(part['over'])} up to {plain(part['up_to'])}" if part["quantity"] else ""
+        quantity = plain(part["quantity"]) if part["quantity"] else ""
+        table.add_row(escape(subject + part["text"]), units, quantity, plain(part["amount"]))
     return table
 
 

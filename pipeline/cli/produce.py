@@ -130,11 +130,11 @@ def produce(
         "time_zone": time_zone,
     }
     columns = None
-    if (file_format or _format_of(file)) is Format.CSV:
+    if (file_format or format_of(file)) is Format.CSV:
         columns = _mapping(mapping, options, fields or [], properties or [])
     elif mapping or fields or properties or any(options.values()):
         fail("a mapping is for CSV; JSON lines carry the fields by name", EXIT_USAGE)
-    per_second = _rate(rate)
+    per_second = rate_of(rate)
 
     if dry_run:
         result = _check(Job(file, columns, Path()), rejects)
@@ -225,10 +225,15 @@ def _cluster(settings: Settings) -> str:
     return str(metadata.cluster_id)
 
 
-def _format_of(file: Path) -> Format:
+def format_of(file: Path) -> Format:
     if (found := _SUFFIXES.get(file.suffix.lower())) is None:
         fail(f"expected a name ending in {', '.join(_SUFFIXES)}, got {file.name}: say --format", EXIT_USAGE)
     return found
+
+
+def mapping_of(path: Path | None) -> ColumnMapping:
+    """The mapping of a YAML file. Fails where it lacks a field that events need."""
+    return _mapping(path, {}, [], [])
 
 
 def _mapping(
@@ -269,7 +274,7 @@ def _pairs(option: str, texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _rate(text: str | None) -> float | None:
+def rate_of(text: str | None) -> float | None:
     if text is None:
         return None
     try:

@@ -206,6 +206,7 @@ def workers(settings: Settings, *, raters: int, sinks: int) -> list[Worker]:
         ("relay", "relay"),
         *((f"rater-{number}", "rater") for number in range(1, raters + 1)),
         *((f"sink-{number}", "sink") for number in range(1, sinks + 1)),
+        ("alerts", "alerts"),
     ]
     return [
         Worker(

@@ -1,4 +1,4 @@
-"""`tally rater`, `tally sink`, `tally relay`: one worker in the foreground, until SIGTERM or Ctrl-C."""
+"""`tally rater`, `tally sink`, `tally relay`, `tally alerts`: one worker in the foreground, until SIGTERM or Ctrl-C."""
 
 import signal
 import threading
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     app.command()(rater)
     app.command()(sink)
     app.command()(relay)
+    app.command()(alerts)
 
 
 def rater(data_dir: DataDir = None) -> None:
@@ -39,6 +40,13 @@ def relay(data_dir: DataDir = None) -> None:
     from pipeline.catalog import relay as catalog
 
     _until_told(catalog.run, settings_for(data_dir), worker="relay")
+
+
+def alerts(data_dir: DataDir = None) -> None:
+    """Keep balances up to date and tell thresholds on billing.alerts. Run two for standby; one is active."""
+    from pipeline.billing import alerts as billing
+
+    _until_told(billing.run, settings_for(data_dir), worker="alerts")
 
 
 def _until_told(run: Callable[[Settings, threading.Event], None], settings: Settings, *, worker: str) -> None:

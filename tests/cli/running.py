@@ -14,7 +14,7 @@ from pipeline.infra.settings import Settings
 class Tally:
     """Runs ``tally`` with a deployment's settings in its environment."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, **environment: str) -> None:
         self._environment = os.environ | {
             "TALLY_KAFKA_BOOTSTRAP": str(settings.kafka_bootstrap),
             "TALLY_POSTGRES_DSN": settings.dsn,
@@ -23,6 +23,7 @@ class Tally:
             "TALLY_ACTOR": "ada",
             "NO_COLOR": "1",
             "COLUMNS": "200",
+            **environment,
         }
 
     def __call__(self, *arguments: object, code: int = 0) -> "subprocess.CompletedProcess[str]":

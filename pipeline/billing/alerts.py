@@ -1,0 +1,288 @@
+"""Alerts: the worker that keeps balances up to date and says once when a threshold is reached.
+
+An alert and its place in the outbox are written in the transaction that finds the threshold reached, under a unique
+key: once per account, subject, period and threshold. One publication is one Kafka transaction. Whoever takes over reads
+the topic to its end first and marks what is there, so each alert is on ``billing.alerts`` once, also after a crash
+between a commit and its mark. Of several workers one is active, holding a lock in PostgreSQL; the others stand by.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeAlias
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from psycopg import Connection, OperationalError
+from psycopg.rows import class_row
+
+from pipeline.billing.balances import Watched, refresh, stale
+from pipeline.billing.prices import read_catalog
+from pipeline.core.catalog import Catalog
+from pipeline.core.periods import to_datetime
+from pipeline.infra import metrics
+from pipeline.infra.avro import ALERTS, load_schemas
+from pipeline.infra.logs import get_logger
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+from pipeline.infra.topics import RECORD_BYTES_MAX, Topics
+
+log = get_logger(__name__)
+
+#: Per cent of what is allowed at which an alert is raised.
+THRESHOLDS = (50, 80, 100)
+
+#: Told of each step of sending alerts: ``produced``, ``committed``, ``marked``. For tests that stop there.
+Reached: TypeAlias = Callable[[str], None]
+
+#: How often usage is looked at; seconds. So old a balance may be, and what computing it takes.
+_LOOK_S = 1.0
+#: How often a standby looks whether the active one is gone; seconds.
+_STANDBY_S = 0.5
+#: Usage is looked for among lines updated within this time: far longer than a transaction of the sink takes.
+_WITHIN = timedelta(minutes=5)
+#: Accounts whose prices are read at a time.
+_ACCOUNTS_AT_ONCE = 500
+#: Alerts sent in one transaction.
+_ALERTS_AT_ONCE = 5_000
+#: Waits between attempts while Kafka or PostgreSQL is away, doubling; seconds.
+_BACKOFF_FIRST_S, _BACKOFF_LONGEST_S = 0.25, 10.0
+#: Longest wait for Kafka to answer; seconds.
+_ANSWER_S = 5.0
+#: Longest a transaction may take; seconds.
+_TRANSACTION_S = 15
+#: What waiting does not mend.
+_REFUSED = frozenset(
+    {
+        KafkaError._AUTHENTICATION,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
+
+# Raising ------------------------------------------------------------------------------------------------------------
+
+_INSERT_ALERT = """
+WITH raised AS (
+    INSERT INTO billing.alert
+        (account, kind, subject, unit, period_start, period_end, threshold, used, allowed, hard_stop)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+    ON CONFLICT (account, kind, subject, unit, period_start, threshold) DO NOTHING RETURNING number
+)
+INSERT INTO billing.alert_outbox (number) SELECT number FROM raised
+"""
+
+
+def update(connection: "Connection[Any]", catalog: Catalog, account: str) -> int:
+    """Bring an account's balances up to date and raise what they reach, in one transaction. How many alerts it raised.
+
+    ``catalog`` holds what prices the account. Raises psycopg.Error.
+    """
+    with connection.transaction():
+        return _raise(connection, account, refresh(connection, catalog, account))
+
+
+def update_now(connection: "Connection[Any]", account: str) -> int:
+    """As ``update``, for what changed without usage: a grant, a budget, an overdraft."""
+    return update(connection, read_catalog(connection, [account]), account)
+
+
+def _raise(connection: "Connection[Any]", account: str, watched: Iterable[Watched]) -> int:
+    rows = [
+        (
+            account,
+            one.kind,
+            one.subject,
+            one.unit,
+            to_datetime(one.period_start_us),
+            None if one.period_end_us is None else to_datetime(one.period_end_us),
+            threshold,
+            one.used,
+            one.allowed,
+            one.hard_stop and threshold == max(THRESHOLDS),
+        )
+        for one in watched
+        for threshold in THRESHOLDS
+        if (one.allowed > 0 or one.hard_stop) and is_reached(one.used, one.allowed, threshold)
+    ]
+    if not rows:
+        return 0
+    with connection.cursor() as cursor:
+        cursor.executemany(_INSERT_ALERT, rows)
+        return max(cursor.rowcount, 0)
+
+
+def is_reached(used: Decimal, allowed: Decimal, threshold: int) -> bool:
+    """Whether so many per cent of what is allowed are used. Where nothing is allowed, only the last of them."""
+    if allowed <= 0:
+        return threshold == max(THRESHOLDS)
+    return used * 100 >= allowed * threshold
+
+
+# The worker ---------------------------------------------------------------------------------------------------------
+
+
+def run(settings: Settings, stop: threading.Event, *, reached: Reached = lambda _: None) -> None:
+    """Keep balances and send alerts until ``stop`` is set. While Kafka or PostgreSQL is away, wait with back-off.
+
+    Raises psycopg.Error for anything but an absent server (a table missing), KafkaException for a fatal refusal
+    (credentials), ValueError for a published version this program cannot read. These need a person.
+    """
+    metrics.serve(settings)
+    backoff, away = _BACKOFF_FIRST_S, False
+    while not stop.is_set():
+        try:
+            with connect(settings.dsn, application="alerts", autocommit=True) as connection:
+                if _take_over(connection, stop):
+                    sender = _Sender(settings, connection, reached)
+                    sender.mark_sent()
+                    log.info("back" if away else "active", topic=sender.topic)
+                    backoff, away = _BACKOFF_FIRST_S, False
+                    _follow(connection, sender, stop)
+        except (OperationalError, KafkaException) as error:
+            if isinstance(error, KafkaException) and error.args[0].code() in _REFUSED:
+                raise
+            if not away:
+                log.warning("away", problem=str(error).strip(), then="waits and comes back")
+            away = True
+            stop.wait(backoff)
+            backoff = min(backoff * 2, _BACKOFF_LONGEST_S)
+
+
+def _follow(connection: "Connection[Any]", sender: "_Sender", stop: threading.Event) -> None:
+    """All accounts once, since usage may have come while nobody looked; then those with new usage."""
+    within: timedelta | None = None
+    while not stop.is_set():
+        while not stop.is_set() and (accounts := stale(connection, within=within, limit=_ACCOUNTS_AT_ONCE)):
+            catalog = read_catalog(connection, accounts)
+            for account in accounts:
+                update(connection, catalog, account)
+        within = _WITHIN
+        while not stop.is_set() and sender.send():
+            pass
+        stop.wait(_LOOK_S)
+
+
+#: Held by the active worker.
+_LOCK = "hashtextextended('tally.alerts', 0)"
+
+
+def _take_over(connection: "Connection[Any]", stop: threading.Event) -> bool:
+    """Wait until this worker is the active one; False when told to stop before. The lock ends with the connection."""
+    standing_by = False
+    while not stop.is_set():
+        if connection.execute(f"SELECT pg_try_advisory_lock({_LOCK})").fetchone() == (True,):
+            return True
+        if not standing_by:
+            log.info("standing by", until="the active worker is gone")
+            standing_by = True
+        stop.wait(_STANDBY_S)
+    return False
+
+
+class _Alert(NamedTuple):
+    """An alert in the outbox: fields of the schema."""
+
+    number: int
+    account: str
+    kind: str
+    subject: str
+    unit: str
+    threshold: int
+    used: Decimal
+    allowed: Decimal
+    hard_stop: bool
+    period_start: datetime
+    period_end: datetime | None
+    raised_at: datetime
+
+
+_SELECT_WAITING = """
+SELECT number, account, kind, subject, unit, threshold, used, allowed, hard_stop, period_start, period_end, raised_at
+FROM billing.alert_outbox JOIN billing.alert USING (number)
+WHERE relayed_at IS NULL ORDER BY number LIMIT %s
+"""
+_SELECT_ANY_WAITING = "SELECT EXISTS (SELECT FROM billing.alert_outbox WHERE relayed_at IS NULL)"
+_MARK = "UPDATE billing.alert_outbox SET relayed_at = now() WHERE number = ANY(%s) AND relayed_at IS NULL"
+
+
+class _Sender:
+    """What carries alerts from the outbox to the topic, for as long as both connections hold."""
+
+    def __init__(self, settings: Settings, connection: "Connection[Any]", reached: Reached) -> None:
+        topics = Topics(settings.topic_prefix)
+        self.topic = topics.alerts
+        self._kafka = {**settings.kafka, "log_level": 2}  # what is wrong comes as an exception, not on stderr
+        self._schemas = load_schemas(settings.registry_url)
+        self._connection = connection
+        self._reached = reached
+        self._producer = Producer(
+            {
+                **self._kafka,
+                "transactional.id": f"{topics.prefix}alerts",
+                "transaction.timeout.ms": _TRANSACTION_S * 1000,
+                "partitioner": "murmur2_random",
+                "compression.type": "lz4",
+                "message.max.bytes": RECORD_BYTES_MAX,
+            }
+        )
+        # Fences a worker that lost its lock without noticing, and ends a transaction it left open.
+        self._producer.init_transactions(_ANSWER_S)
+
+    def mark_sent(self) -> None:
+        """Mark what is on the topic and was not marked: its sender ended between the two."""
+        if self._connection.execute(_SELECT_ANY_WAITING).fetchone() == (True,):
+            self._connection.execute(_MARK, [self._numbers_on_topic()])
+
+    def send(self) -> bool:
+        """Carry what waits to the topic; False when nothing did.
+
+        1. Produce all of it in one transaction. 2. Commit. 3. Mark it as sent.
+        """
+        with self._connection.cursor(row_factory=class_row(_Alert)) as cursor:
+            waiting = cursor.execute(_SELECT_WAITING, [_ALERTS_AT_ONCE]).fetchall()
+        if not waiting:
+            return False
+        # Step 1.
+        self._producer.begin_transaction()
+        for alert in waiting:
+            self._producer.produce(self.topic, self._schemas.encode(ALERTS, alert._asdict()), alert.account.encode())
+        self._reached("produced")
+        # Step 2. A record the broker refuses fails the commit.
+        self._producer.commit_transaction(_TRANSACTION_S)
+        self._reached("committed")
+        # Step 3.
+        self._connection.execute(_MARK, [[alert.number for alert in waiting]])
+        self._reached("marked")
+        metrics.ALERTS_SENT.inc(len(waiting))
+        log.info("sent", alerts=len(waiting), first=waiting[0].number, last=waiting[-1].number)
+        return True
+
+    def _numbers_on_topic(self) -> list[int]:
+        """Numbers of all alerts on the topic, read once to its end."""
+        consumer = Consumer(
+            {
+                **self._kafka,
+                "group.id": f"{self.topic}-sender",  # the client wants one; never joined
+                "enable.auto.commit": False,
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "fetch.wait.max.ms": 50,
+            }
+        )
+        numbers: list[int] = []
+        try:
+            consumer.assign([TopicPartition(self.topic, 0, OFFSET_BEGINNING)])
+            while True:
+                message = consumer.poll(_ANSWER_S)
+                if message is None:
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{self.topic} does not answer"))
+                if error := message.error():
+                    if error.code() == KafkaError._PARTITION_EOF:
+                        return numbers
+                    raise KafkaException(error)
+                numbers.append(int(self._schemas.decode(message.value(), ALERTS)["number"]))
+        finally:
+            consumer.close()

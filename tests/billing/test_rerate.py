@@ -1,0 +1,221 @@
+"""Re-rating against PostgreSQL: what is booked, that it is booked once, and what is refused."""
+
+import threading
+from decimal import Decimal
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pipeline.billing.close_entries import LineMoved, PeriodClosed, book, lock_period
+from pipeline.billing.reconcile import reconcile
+from pipeline.billing.rerate import Month, Rerated, preview, rerate
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+from tests.billing.running import query
+from tests.scenarios.database import DatabaseWorld
+
+OCTOBER = Month(2026, 10)
+PRICES = """
+meters:
+  - {id: calls, event_type: call, aggregation: sum, value: n, unit: call}
+  - {id: peak, event_type: call, aggregation: max, value: n, unit: call}
+plans:
+  - id: api
+    name: API
+    currency: USD
+    charges:
+      - {id: calls, meter: calls, model: per_unit, unit_price: 0.1}
+      - {id: peak, meter: peak, model: per_unit, unit_price: 1}
+      - {id: fee, model: flat, unit_price: 9}
+"""
+ACCOUNTS = """
+accounts:
+  - {id: acme, name: Acme, contracts: [{id: acme-1, plan: api, start: 2026-01-01}]}
+  - {id: umbrella, name: Umbrella, contracts: [{id: umbrella-1, plan: api, start: 2026-01-01}]}
+"""
+
+
+@pytest.fixture
+def world(settings: Settings, tmp_path: Path) -> DatabaseWorld:
+    """Two accounts; acme has used 3 and 5, umbrella nothing: both owe the fee."""
+    made = DatabaseWorld(tmp_path, settings)
+    made.publish(PRICES, "prices", None)
+    made.publish(ACCOUNTS, "accounts", None)
+    made.use(["2026-10-03T00:00:00Z acme/a call - n=5", "2026-10-04T00:00:00Z acme/b call - n=3"], None)
+    return made
+
+
+def booked(settings: Settings) -> list[tuple[str, str, list[str], Decimal, str, str]]:
+    return query(
+        settings,
+        "SELECT account, charge, reasons, exact_amount, booked_by, note FROM finance.close_entries ORDER BY entry_id",
+    )
+
+
+def run(settings: Settings, **only: str) -> list[Rerated]:
+    return list(rerate(settings.dsn, OCTOBER, actor="ada", note="month end", **only))
+
+
+def test_books_what_lines_lack_once(world: DatabaseWorld) -> None:
+    previewed = list(preview(world.settings.dsn, OCTOBER))
+    assert booked(world.settings) == []
+    found = run(world.settings)
+    for before, after in zip(previewed, found, strict=True):
+        assert [entry.amount for entry in before.entries] == [entry.amount for entry in after.entries]
+    assert booked(world.settings) == [
+        ("acme", "fee", ["fee"], 9, "ada", "month end"),
+        ("umbrella", "fee", ["fee"], 9, "ada", "month end"),
+    ]
+    assert run(world.settings) == []
+    assert len(booked(world.settings)) == 2
+    lines = query(
+        world.settings,
+        "SELECT account, charge, exact_amount, quantity FROM finance.invoice_lines ORDER BY account, charge",
+    )
+    assert lines == [
+        ("acme", "calls", Decimal("0.8"), 8),
+        ("acme", "fee", 9, 1),
+        ("acme", "peak", 5, 5),
+        ("umbrella", "fee", 9, 1),
+    ]
+
+
+def test_only_one_account_or_charge(world: DatabaseWorld) -> None:
+    assert run(world.settings, charge="calls") == []
+    assert [one.account for one in run(world.settings, account="umbrella")] == ["umbrella"]
+    assert [row[0] for row in booked(world.settings)] == ["umbrella"]
+    with pytest.raises(LookupError, match="expected an account of the catalog, got 'nobody'"):
+        run(world.settings, account="nobody")
+
+
+def test_entries_are_never_changed(world: DatabaseWorld) -> None:
+    run(world.settings)
+    for statement in ("UPDATE billing.close_entry SET note = ''", "DELETE FROM billing.close_entry"):
+        with pytest.raises(psycopg.errors.RaiseException, match="append only"):
+            query(world.settings, statement)
+
+
+def test_a_closed_period_is_a_problem_and_left_alone(world: DatabaseWorld) -> None:
+    query(world.settings, "UPDATE billing.invoice SET state = 'issued' RETURNING 1")
+    acme, umbrella = run(world.settings)
+    assert acme.entries == ()
+    assert acme.problem == (
+        "1 lines differ, but the period is closed: what changes it now is an adjustment on the next invoice"
+    )
+    assert [entry.terms.charge for entry in umbrella.entries] == ["fee"]  # had no invoice yet
+    assert [row[0] for row in booked(world.settings)] == ["umbrella"]
+
+
+def test_an_invoice_without_lines_may_be_closed_too(world: DatabaseWorld) -> None:
+    run(world.settings)
+    query(world.settings, "DELETE FROM billing.rated_usage RETURNING 1")
+    query(
+        world.settings,
+        """INSERT INTO billing.invoice (account, currency, period_start, period_end, state)
+        VALUES ('hooli', 'USD', '2026-10-01Z', '2026-11-01Z', 'issued') RETURNING 1""",
+    )
+    world.publish(ACCOUNTS.replace("umbrella", "hooli"), "accounts", None)
+    with pytest.raises(PeriodClosed, match="expected the USD invoice of hooli to be open"):
+        run(world.settings, account="hooli")
+
+
+def test_usage_without_a_price_today_is_a_problem(world: DatabaseWorld) -> None:
+    """Acme's contract is ended back-dated, between its two events."""
+    world.publish(ACCOUNTS.replace("2026-01-01}]}", "2026-01-01, end: 2026-10-04}]}", 1), "accounts", None)
+    acme, umbrella = run(world.settings)
+    assert acme.entries == ()
+    assert acme.problem is not None
+    assert acme.problem.startswith("acme/b of 2026-10-04T00:00:00Z were billed and have no price by today's catalog")
+    assert acme.problem.endswith("Publish what is missing, or void them")
+    assert umbrella.entries
+
+
+def test_no_row_comes_in_between(world: DatabaseWorld) -> None:
+    """The sink waits for the invoice while it is re-rated: what is read under the lock is what is booked on."""
+    catalog = world.catalog
+    period = OCTOBER.period_in(catalog.accounts["acme"].time_zone)
+    with connect(world.settings.dsn, application="test") as connection:
+        lock_period(connection, "acme", period)
+        late = threading.Thread(target=world.use, args=(["2026-10-05T00:00:00Z acme/c call - n=1"], None))
+        late.start()
+        late.join(0.5)
+        assert late.is_alive()
+        assert query(world.settings, "SELECT count(*) FROM billing.rated_usage") == [(4,)]
+    late.join(10)
+    assert query(world.settings, "SELECT count(*) FROM billing.rated_usage") == [(6,)]
+
+
+# -- and reconcile
+
+DEARER = PRICES.replace("unit_price: 0.1", "unit_price: 0.2")
+TODAY, RERATED = "counters = under today's prices", "periods re-rated = at their closing prices"
+
+
+def found_by_reconcile(settings: Settings) -> dict[str, str]:
+    """Checks of lines that show a difference, with what they say."""
+    checks = [check for check in reconcile(settings).checks if check.difference]
+    return {check.name: check.detail for check in checks if check.name.split(" = ")[0] not in _OF_RECEIPTS}
+
+
+#: A story has rows and no receipts.
+_OF_RECEIPTS = ("rated rows in receipts", "corrections in receipts")
+
+
+def test_a_back_dated_price_is_found_until_it_is_booked(world: DatabaseWorld) -> None:
+    run(world.settings)
+    assert found_by_reconcile(world.settings) == {}
+    world.publish(DEARER, "prices", "2026-10-04T00:00:00Z")
+    found = found_by_reconcile(world.settings)
+    assert found.keys() == {TODAY, "lines = by the versions valid at their events"}
+    assert "holds 0.8 for 8, rated under api@1, which ends at 2026-10-04T00:00:00Z: `tally rerate`" in found[TODAY]
+    run(world.settings)
+    assert found_by_reconcile(world.settings) == {}
+    world.use(["2026-10-06T00:00:00Z acme/c call - n=1"], None)  # a lower peak than the 3 moved here, which stays
+    assert found_by_reconcile(world.settings) == {
+        RERATED: "acme from 2026-10-01T00:00:00Z lacks 1 entries: `tally rerate`"
+    }
+    run(world.settings)
+    assert found_by_reconcile(world.settings) == {}
+
+
+def test_each_subjects_counter_has_its_own_price(world: DatabaseWorld) -> None:
+    world.publish(
+        PRICES.replace("meter: calls, model: per_unit, unit_price: 0.1", _PER_USER), "prices", "2026-10-10T00:00:00Z"
+    )
+    world.use([f"2026-10-1{n}T00:00:00Z acme/s{n} call {'ab'[n % 2]} n=8" for n in range(4)], None)
+    run(world.settings)
+    assert found_by_reconcile(world.settings) == {}
+    query(world.settings, "UPDATE billing.rated_usage SET amount = amount + 1 WHERE idempotency_key = 's3' RETURNING 1")
+    query(
+        world.settings, "UPDATE billing.invoice_line SET amount = amount + 1 WHERE price_version = 'api@2' RETURNING 1"
+    )
+    found = found_by_reconcile(world.settings)
+    assert "whose price of a subject, 16, is 22" in found["counters = with the price of their quantity"]
+
+
+_PER_USER = "meter: calls, per_subject: true, model: graduated, tiers: [{up_to: 10, unit_price: 1}, {unit_price: 2}]"
+
+
+def test_a_line_that_came_in_between_is_not_booked_on_blindly(world: DatabaseWorld) -> None:
+    """Umbrella has no invoice to hold. While its fee is about to be booked, another books it."""
+    (found,) = preview(world.settings.dsn, OCTOBER, account="umbrella")
+    run(world.settings, account="umbrella")
+    with connect(world.settings.dsn, application="test") as connection:
+        with pytest.raises(LineMoved):
+            book(connection, "umbrella", found.entries, actor="bob", note="too late")
+        connection.rollback()
+    assert [row[4] for row in booked(world.settings)] == ["ada"]
+
+
+@pytest.mark.parametrize("text", ["2026-13", "2026-1", "202610", "0000-01", "october"])
+def test_a_month_is_a_year_and_a_month(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a month such as 2026-10"):
+        Month.parse(text)
+
+
+def test_a_month_is_the_accounts_own() -> None:
+    assert Month.parse("2026-10") == OCTOBER
+    hour_us = 3_600_000_000
+    assert OCTOBER.period_in("Europe/Berlin").start_us == OCTOBER.period_in("UTC").start_us - 2 * hour_us
+    assert OCTOBER.period_in("America/New_York").start_us == OCTOBER.period_in("UTC").start_us + 4 * hour_us

@@ -1,0 +1,28 @@
+"""The stories, each told to the core and to PostgreSQL."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.billing.reconcile import reconcile
+from pipeline.infra.settings import Settings
+
+from .database import DatabaseWorld
+from .story import World, read_story, tell
+
+STORIES = sorted(Path(__file__).parent.glob("*.txt"))
+#: Of reconcile, what concerns lines; a story has no receipts.
+_OF_LINES = ("lines =", "counters =", "USD of", "EUR of")
+
+
+@pytest.mark.parametrize("path", STORIES, ids=lambda path: path.stem)
+def test_story(path: Path, tmp_path: Path) -> None:
+    tell(read_story(path), World(tmp_path))
+
+
+@pytest.mark.parametrize("path", STORIES, ids=lambda path: path.stem)
+def test_story_in_postgres(path: Path, tmp_path: Path, settings: Settings) -> None:
+    """The same bills from rows, entries and lines in tables; and they reconcile."""
+    tell(read_story(path), DatabaseWorld(tmp_path, settings))
+    checks = [check for check in reconcile(settings).checks if check.name.startswith(_OF_LINES)]
+    assert [check for check in checks if check.difference] == []
