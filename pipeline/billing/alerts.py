@@ -7,6 +7,7 @@ between a commit and its mark. Of several workers one is active, holding a lock 
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -41,6 +42,10 @@ _LOOK_S = 1.0
 _STANDBY_S = 0.5
 #: Usage is looked for among lines updated within this time: far longer than a transaction of the sink takes.
 _WITHIN = timedelta(minutes=5)
+#: The part of the time that one account may take: of one whose grants begin and end amid its usage the rows are read.
+_SHARE = 1 / 20
+#: Longest an account rests; seconds. Less than ``_WITHIN``, or the end of its usage would not be looked at.
+_REST_MAX_S = 240.0
 #: Accounts whose prices are read at a time.
 _ACCOUNTS_AT_ONCE = 500
 #: Alerts sent in one transaction.
@@ -154,15 +159,38 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached = lambda 
 def _follow(connection: "Connection[Any]", sender: "_Sender", stop: threading.Event) -> None:
     """All accounts once, since usage may have come while nobody looked; then those with new usage."""
     within: timedelta | None = None
+    turns = Turns()
     while not stop.is_set():
-        while not stop.is_set() and (accounts := stale(connection, within=within, limit=_ACCOUNTS_AT_ONCE)):
+        while not stop.is_set():
+            resting = turns.resting(time.monotonic())
+            accounts = stale(connection, within=within, limit=_ACCOUNTS_AT_ONCE, but=resting)
+            if not accounts:
+                break
             catalog = read_catalog(connection, accounts)
             for account in accounts:
+                began = time.monotonic()
                 update(connection, catalog, account)
+                turns.took(account, time.monotonic() - began, time.monotonic())
         within = _WITHIN
         while not stop.is_set() and sender.send():
             pass
         stop.wait(_LOOK_S)
+
+
+class Turns:
+    """Which accounts rest, so that none takes more than its part of the time and keeps the others waiting. Pure."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def took(self, account: str, seconds: float, now: float) -> None:
+        """An account was brought up to date, in so long; what takes less than a look does may come with each."""
+        if seconds > _LOOK_S * _SHARE:
+            self._until[account] = now + min(seconds / _SHARE, _REST_MAX_S)
+
+    def resting(self, now: float) -> list[str]:
+        self._until = {account: until for account, until in self._until.items() if until > now}
+        return list(self._until)
 
 
 #: Held by the active worker.

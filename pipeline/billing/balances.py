@@ -343,15 +343,15 @@ LEFT JOIN LATERAL (
     FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
     WHERE invoice.account = moved.account AND {_UNSETTLED}
 ) AS usage ON true
-WHERE coalesce(usage.usage_mark, 0) IS DISTINCT FROM mark.usage_mark
+WHERE coalesce(usage.usage_mark, 0) IS DISTINCT FROM mark.usage_mark AND NOT moved.account = ANY(%(but)s)
 ORDER BY moved.account LIMIT %(limit)s
 """
 
 
-def stale(connection: "Connection[Any]", *, within: timedelta | None, limit: int) -> list[str]:
-    """Accounts whose usage is not what their balances were computed from, by id.
+def stale(connection: "Connection[Any]", *, within: timedelta | None, limit: int, but: Sequence[str] = ()) -> list[str]:
+    """Accounts whose usage is not what their balances were computed from, by id, leaving out some.
 
     Only those with usage written ``within`` so long, which is cheap to ask often; None: all.
     """
-    parameters = {"all": within is None, "within": within or timedelta(0), "limit": limit}
+    parameters = {"all": within is None, "within": within or timedelta(0), "limit": limit, "but": list(but)}
     return [account for (account,) in connection.execute(_SELECT_STALE, parameters)]

@@ -33,6 +33,7 @@ from pipeline.core.money import (
     Micros,
     amount_decimal,
     minor_units,
+    plain,
     quantity_decimal,
     scaled,
 )
@@ -83,6 +84,10 @@ class Request:
     verdict: Literal["open", "approved", "rejected"]
     decided_by: str | None
     decided_at: datetime | None
+    #: What it is about, of a void what it ends: an amount, its unit, and a grant's kind or a commitment's window.
+    amount: Decimal
+    unit: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +127,16 @@ def request_grant(connection: "Connection[Any]", asked: Asked, *, reason: str, n
     """Ask for credits; returns the number of the request, which is the grant's.
 
     Raises ValueError for credits that cannot be given (an amount of 0 or less, an unknown currency or finer than its
-    smallest unit, a reason that does not fit), NotFound for an unknown account.
+    smallest unit, a reason that does not fit, a currency or charge that the account's contracts do not have), NotFound
+    for an unknown account.
     """
     grant = asked.grant
     check_grant(grant, asked.rollover)
     code = check_reason(reason, GRANT_REASONS[grant.kind] - {"rollover"})
     if grant.reduces != "units":
         _check_minor(asked.unit, as_decimal(grant.amount, grant.reduces))
-    _check_account(connection, asked.account)
+    check_account(connection, asked.account)
+    _check_fits(connection, asked.account, None if grant.reduces == "units" else asked.unit, grant.charges)
     request = _request(connection, "grant", asked.account, None, code, note, actor)
     _insert_grant(connection, request, asked, rolled_from=None)
     _audit(connection, actor, "credits.requested", request, {"account": asked.account, "reason": code, "note": note})
@@ -148,12 +155,14 @@ def request_commitment(
 ) -> int:
     """Ask for a spend commitment to be recorded; returns the number of the request, which is the commitment's.
 
-    Raises ValueError for one that cannot be settled, NotFound for an unknown account.
+    Raises ValueError for one that cannot be settled, also for a currency or charge that the account's contracts do not
+    have, NotFound for an unknown account.
     """
     check_commitment(commitment)
     amount = amount_decimal(commitment.amount)
     _check_minor(currency, amount)
-    _check_account(connection, account)
+    check_account(connection, account)
+    _check_fits(connection, account, currency, commitment.charges)
     request = _request(connection, "commit", account, None, "contract", note, actor)
     connection.execute(
         _INSERT_COMMITMENT,
@@ -217,14 +226,18 @@ def decide(connection: "Connection[Any]", request: int, verdict: Verdict, *, act
 
 
 _SELECT_REQUESTS = """
-SELECT id, action, account, target_id, reason_code, note, requested_by, requested_at, verdict, decided_by, decided_at
-FROM billing.credit_request_state
+SELECT request.id, action, request.account, target_id, reason_code, note, requested_by, requested_at, verdict,
+    decided_by, decided_at, trim_scale(coalesce(given.amount, promised.amount)),
+    coalesce(given.unit, promised.currency), coalesce(given.kind::text, 'per ' || promised.per)
+FROM billing.credit_request_state AS request
+LEFT JOIN billing.credit_grant AS given ON given.id = coalesce(request.target_id, request.id)
+LEFT JOIN billing.commitment AS promised ON promised.id = coalesce(request.target_id, request.id)
 """
 
 
 def read_request(connection: "Connection[Any]", request: int) -> Request:
     """Raises NotFound."""
-    row = connection.execute(f"{_SELECT_REQUESTS} WHERE id = %s", [request]).fetchone()
+    row = connection.execute(f"{_SELECT_REQUESTS} WHERE request.id = %s", [request]).fetchone()
     if row is None:
         raise NotFound(f"expected a request, got {request}: `tally credits list --open` shows those that wait")
     return Request(*row)
@@ -233,8 +246,8 @@ def read_request(connection: "Connection[Any]", request: int) -> Request:
 def open_requests(connection: "Connection[Any]", account: str | None = None) -> list[Request]:
     """Requests nobody decided yet, the oldest first."""
     rows = connection.execute(
-        f"{_SELECT_REQUESTS} WHERE verdict = 'open' AND (%(account)s::text IS NULL OR account = %(account)s) "
-        "ORDER BY id",
+        f"{_SELECT_REQUESTS} WHERE verdict = 'open' AND (%(account)s::text IS NULL OR request.account = %(account)s) "
+        "ORDER BY request.id",
         {"account": account},
     )
     return [Request(*row) for row in rows]
@@ -457,7 +470,8 @@ def set_overdraft(
     if amount < 0:
         raise ValueError(f"expected an overdraft of 0 or more, got {amount}")
     _check_minor(unit, amount)
-    _check_account(connection, account)
+    check_account(connection, account)
+    _check_fits(connection, account, unit)
     connection.execute(
         "INSERT INTO billing.overdraft (account, unit, amount, hard_stop, set_by, note) "
         "VALUES (%s, %s, %s, %s, %s, %s)",
@@ -483,7 +497,8 @@ def set_budget(
         if amount <= 0:
             raise ValueError(f"expected a budget above 0, got {amount}")
         _check_minor(currency, amount)
-    _check_account(connection, account)
+    check_account(connection, account)
+    _check_fits(connection, account, currency)
     connection.execute(
         "INSERT INTO billing.budget (account, currency, amount, set_by, note) VALUES (%s, %s, %s, %s, %s)",
         [account, currency, amount, actor, note],
@@ -543,9 +558,36 @@ def _insert_grant(connection: "Connection[Any]", id: int, asked: Asked, *, rolle
 _SELECT_ACCOUNT = "SELECT EXISTS (SELECT FROM billing.catalog_version WHERE kind = 'account' AND id = %s)"
 
 
-def _check_account(connection: "Connection[Any]", account: str) -> None:
+def check_account(connection: "Connection[Any]", account: str) -> None:
+    """Raises NotFound for an account that nobody published."""
     if connection.execute(_SELECT_ACCOUNT, [account]).fetchone() != (True,):
         raise NotFound(f"expected an account of the catalog, got {account!r}: `tally accounts list` shows them")
+
+
+_SELECT_CHARGES = """
+SELECT DISTINCT plan.document ->> 'currency', charge ->> 'id'
+FROM (
+    SELECT DISTINCT ON (id) document FROM billing.catalog_version
+    WHERE kind = 'contract' AND document ->> 'account' = %s ORDER BY id, version DESC
+) AS contract
+JOIN billing.catalog_version AS plan ON plan.kind = 'plan' AND (
+    plan.id = contract.document ->> 'plan'
+    OR contract.document -> 'later_phases' @> jsonb_build_array(jsonb_build_object('plan', plan.id))
+)
+CROSS JOIN jsonb_array_elements(plan.document -> 'charges') AS charge
+"""
+
+
+def _check_fits(connection: "Connection[Any]", account: str, currency: str | None, charges: Iterable[str] = ()) -> None:
+    """Raise ValueError for what no contract of the account could ever meet; one without contracts may meet anything."""
+    known = connection.execute(_SELECT_CHARGES, [account]).fetchall()
+    if not known:
+        return
+    currencies, ids = (sorted(set(column)) for column in zip(*known, strict=True))
+    if currency is not None and currency not in currencies:
+        raise ValueError(f"expected {' or '.join(currencies)}, the currency of {account}'s contracts, got {currency}")
+    if unknown := sorted(set(charges) - set(ids)):
+        raise ValueError(f"expected a charge of {account}'s contracts, got {unknown[0]!r}: they have {', '.join(ids)}")
 
 
 def _check_minor(currency: str, amount: Decimal) -> None:
@@ -554,7 +596,9 @@ def _check_minor(currency: str, amount: Decimal) -> None:
     try:
         scaled(amount, decimals)
     except ValueError:
-        raise ValueError(f"expected an amount of {currency} with at most {decimals} decimals, got {amount}") from None
+        raise ValueError(
+            f"expected an amount of {currency} with at most {decimals} decimals, got {plain(amount)}"
+        ) from None
 
 
 _INSERT_AUDIT = "INSERT INTO billing.audit (actor, action, target, detail) VALUES (%s, %s, %s, %s)"

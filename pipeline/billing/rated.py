@@ -26,8 +26,8 @@ PRICE_CLASSES: tuple[PriceClass, ...] = ("running", "per_event", "period")
 _IDENTITY_BYTES = 16
 #: An Avro long is at most ten groups of seven bits.
 _VARINT_BYTES_MAX = 10
-#: Accounts whose terms are remembered; about 1 KB each.
-_ACCOUNTS_MAX = 50_000
+#: Terms remembered of all accounts together, about 1 KB each; beyond them it begins anew.
+_ALL_TERMS_MAX = 200_000
 #: Terms remembered per account: charges times cells and segments. More are decoded anew, at a few microseconds each.
 _TERMS_MAX = 256
 #: Longest charge and cell, in characters: both stand in the unique index of rows, whose entries are bounded.
@@ -116,6 +116,7 @@ class Reader:
         self._head: Head | None = None
         #: Per account, the bytes of terms met so far and what they say; the newest last.
         self._terms: dict[str, dict[bytes, Terms]] = {}
+        self._terms_count = 0
         self._plain = PlainRows and PlainRows(Head, Row, KINDS, self._frames, self._terms, _LIMITS)
 
     def read(self, data: bytes) -> Row:
@@ -176,12 +177,15 @@ class Reader:
         return terms, i + 1
 
     def _remember(self, account: str, run: bytes, terms: Terms) -> None:
-        if len(self._terms) >= _ACCOUNTS_MAX:
+        if self._terms_count >= _ALL_TERMS_MAX:
             self._terms.clear()
+            self._terms_count = 0
         known = self._terms.setdefault(account, {})
         if len(known) >= _TERMS_MAX:
             del known[next(iter(known))]
+            self._terms_count -= 1
         known[run] = terms
+        self._terms_count += 1
 
 
 def reader(schemas: Schemas) -> Reader:

@@ -76,12 +76,13 @@ class Rerated:
 def preview(dsn: str, month: Month, *, account: str | None = None, charge: str | None = None) -> Iterator[Rerated]:
     """What ``rerate`` would book: accounts with a difference or a problem, by id. Changes nothing.
 
-    Raises psycopg.OperationalError when the database does not answer.
+    Raises LookupError for an account or a charge nobody ever published, psycopg.OperationalError when the database does
+    not answer.
     """
     with connect(dsn, application="rerate") as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
-        for catalog, one in _accounts(connection, month, account):
+        for catalog, one in _accounts(connection, account, charge):
             found = _rerate(connection, catalog, one, month, charge)
             if found.entries or found.problem:
                 yield found
@@ -102,7 +103,7 @@ def rerate(
     Raises psycopg.OperationalError when the database does not answer.
     """
     with connect(dsn, application="rerate", autocommit=True) as connection:
-        for catalog, one in _accounts(connection, month, account):
+        for catalog, one in _accounts(connection, account, charge):
             found = _book(connection, catalog, one, month, charge, actor, note)
             if found.entries or found.problem:
                 yield found
@@ -134,8 +135,16 @@ WHERE kind = 'account' AND (%(account)s::text IS NULL OR id = %(account)s) ORDER
 """
 
 
-def _accounts(connection: "Connection[Any]", month: Month, account: str | None) -> Iterator[tuple[Catalog, str]]:
-    """The accounts asked for, with a catalog that prices them. Raises LookupError for one that does not exist."""
+_IS_CHARGE = """
+SELECT 1 FROM billing.catalog_version
+WHERE kind = 'plan' AND document -> 'charges' @> jsonb_build_array(jsonb_build_object('id', %(charge)s::text)) LIMIT 1
+"""
+
+
+def _accounts(connection: "Connection[Any]", account: str | None, charge: str | None) -> Iterator[tuple[Catalog, str]]:
+    """The accounts asked for, with a catalog that prices them. Raises LookupError for what does not exist."""
+    if charge is not None and not connection.execute(_IS_CHARGE, {"charge": charge}).fetchone():
+        raise LookupError(f"expected a charge of a published plan, got {charge!r}: `tally plans show PLAN` names them")
     ids = [id for (id,) in connection.execute(_SELECT_ACCOUNTS, {"account": account})]
     if account is not None and not ids:
         raise LookupError(f"expected an account of the catalog, got {account!r}")

@@ -6,6 +6,7 @@ open periods, which are then re-rated; an issued invoice is never touched.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain, combinations, product
 from typing import Any, NamedTuple, TypeAlias
 
 from psycopg import Connection
@@ -25,7 +26,7 @@ from pipeline.catalog.files import (
 )
 from pipeline.catalog.source import Finding, suggestion
 from pipeline.core.catalog import NOTICE_S
-from pipeline.core.charges import check_metering
+from pipeline.core.charges import PER_EVENT, check_metering
 from pipeline.core.contracts import Account, Contract, Phase
 from pipeline.core.documents import Entry, Kind, from_document, kind_of, to_document
 from pipeline.core.meters import Meter
@@ -187,22 +188,34 @@ def _misfits(plans: Sequence[_Version], lists: Sequence[_Version], now: Micros) 
         fitting = []
         for version in lists:
             messages = _misfit(plan.item, [version.item])
-            if messages:
-                yield from _at_drafts([version, plan], messages, now)
-            else:
+            if not messages:
                 fitting.append(version)
-        weaker = [version for version in fitting if version.item.customer_segment is not None]
-        for version in fitting:
-            for other in weaker if version.item.customer_segment is None else ():
-                yield from _at_drafts([version, other, plan], _misfit(plan.item, [other.item, version.item]), now)
+            elif draft := _draft_among([version, plan], now):
+                yield from (draft.where.finding(message) for message in messages)
+        # What each of two lists leaves with a price, both together may not.
+        by_strength = [[version for version in fitting if _strength(version.item) == level] for level in range(3)]
+        pairs = chain.from_iterable(product(weaker, stronger) for weaker, stronger in combinations(by_strength, 2))
+        for weaker, stronger in pairs:
+            meet = _common_charges(weaker.item, stronger.item)
+            if meet and (draft := _draft_among([stronger, weaker, plan], now)):
+                for message in _misfit(plan.item, [weaker.item, stronger.item]):
+                    yield draft.where.finding(message)
 
 
-def _at_drafts(versions: Sequence[_Version], messages: Iterable[str], now: Micros) -> Iterator[Finding]:
-    """The messages as findings, where a draft is among the versions and there is a time to come that has them all."""
-    drafts = [version.draft for version in versions if version.draft is not None]
+def _draft_among(versions: Sequence[_Version], now: Micros) -> AnyDraft | None:
+    """The first draft among the versions, if there is a time to come that has them all."""
     start, end = max(version.start_us for version in versions), min(version.end_us for version in versions)
-    if drafts and max(start, now) < end:
-        yield from (drafts[0].where.finding(message) for message in messages)
+    drafts = (version.draft for version in versions if version.draft is not None)
+    return next(drafts, None) if max(start, now) < end else None
+
+
+def _strength(price_list: PriceList) -> int:
+    """Which of two price lists of an account wins: of its customer segment, its own, its contract's phase's."""
+    return 0 if price_list.customer_segment is not None else 1 if price_list.account is not None else 2
+
+
+def _common_charges(one: PriceList, other: PriceList) -> bool:
+    return not {override.charge for override in one.overrides}.isdisjoint(o.charge for o in other.overrides)
 
 
 def _misfit(plan: Plan, price_lists: Sequence[PriceList]) -> list[str]:
@@ -216,9 +229,14 @@ def _misfit(plan: Plan, price_lists: Sequence[PriceList]) -> list[str]:
     ]
     found = [f"expected {what} in {of_plan}, since price list {names} overrides it" for what in lacking]
     try:
-        overridden(plan, price_lists)
+        priced, _ = overridden(plan, price_lists)
     except ValueError as error:
-        found.append(f"expected {of_plan} to have a price under price list {names}: {error}")
+        return [*found, f"expected {of_plan} to have a price under price list {names}: {error}"]
+    pooled = {name for pool in plan.pools for name in pool.charges}
+    for charge in priced:
+        if charge.id in pooled and charge.model in PER_EVENT:
+            what = f"charge {charge.id!r} of {of_plan}, which draws from a pool"
+            found.append(f"expected a price by quantity of {what}, got {charge.model} by price list {names}")
     return found
 
 

@@ -53,7 +53,10 @@ class Example:
 def changes(before: Item | None, after: Item | None) -> tuple[Change, ...]:
     """Every difference between two versions, in the order of their documents. None is a document that is not there."""
     old, new = ({} if item is None else to_document(item) for item in (before, after))
-    return tuple(_compare("", (), "", old, new))
+    found = _compare("", (), "", old, new)
+    if before is None:  # what a new document does not do, nobody asks
+        return tuple(change for change in found if change.after not in (None, False, "", [], {}))
+    return tuple(found)
 
 
 def charge_changes(before: Charge, after: Charge) -> tuple[Change, ...]:
@@ -151,8 +154,16 @@ def _summary(part: Value) -> str:
     """A part in one line: its fields that hold anything, the names left out."""
     if not isinstance(part, dict):
         return _shown(part)
-    fields = [(key, value) for key, value in part.items() if key not in _NAMES[:3] and value not in (None, [], {}, "")]
+    fields = [(key, value) for key, value in part.items() if key not in _NAMES[:3] and _says_something(part, key)]
     return ", ".join(f"{_spaced(key)} {_shown(value, key)}" for key, value in fields)
+
+
+def _says_something(part: Value, field: str) -> bool:
+    """Whether a part that came or went is another for what this field holds."""
+    value = part[field]
+    if field == "flat_on_zero":
+        return bool(part.get("tiers"))
+    return value not in (None, [], {}, "") and not (field in ("included", "flat") and value == "0")
 
 
 def _shown(value: Value, field: str = "") -> str:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, cast, overload
 from zoneinfo import ZoneInfo
 
-from pipeline.catalog.charges import Properties, check_properties, read_charge, read_override, read_pools
+from pipeline.catalog.charges import Properties, check_properties, ids_of, read_charge, read_override, read_pools
 from pipeline.catalog.models import (
+    ID,
     AccountModel,
     ContractModel,
     EventTypeModel,
     MeterModel,
     PhaseModel,
     PlanModel,
+    PoolOverrideModel,
     PriceListModel,
 )
 from pipeline.catalog.source import (
@@ -34,6 +36,7 @@ from pipeline.catalog.source import (
     report_repeats,
     shown,
     suggestion,
+    uncollected,
 )
 from pipeline.core.contracts import Account, Contract, Phase, overlap
 from pipeline.core.expressions import compile_expression
@@ -77,6 +80,7 @@ class Drafts:
         return [*self.accounts, *self.contracts, *self.meters, *self.plans, *self.price_lists]
 
 
+@uncollected()
 def read_price_files(paths: Sequence[Path]) -> Drafts:
     """What price files hold. Raises OSError when a file cannot be read; all else is a finding."""
     drafts, sources = Drafts(), [read(path) for path in paths]
@@ -86,13 +90,13 @@ def read_price_files(paths: Sequence[Path]) -> Drafts:
         [part for source in sources for part in Part(source, (), source.data).parts(key)]
         for key in ("event_types", "meters", "plans", "price_lists")
     )
-    properties = {model.id: model.properties for part in event_types if (model := part.validated(EventTypeModel))}
+    types = [(get(part.data, "id"), part.validated(EventTypeModel)) for part in event_types]
+    properties = {name: None if model is None else model.properties for name, model in types if isinstance(name, str)}
     for part in meters:
         _read_meter(part, properties, drafts)
     known_meters = _known(meters, [draft.item for draft in drafts.meters])
-    for part in plans:
-        _read_plan(part, known_meters, properties, drafts)
-    known_plans = _known(plans, [draft.item for draft in drafts.plans])
+    read_plans = [(part, _read_plan(part, known_meters, properties, drafts)) for part in plans]
+    known_plans = {plan.id: (part, plan) for part, plan in read_plans if plan is not None}
     for part in price_lists:
         _read_price_list(part, known_plans, known_meters, drafts)
     for parts in (event_types, meters, plans, price_lists):
@@ -102,6 +106,7 @@ def read_price_files(paths: Sequence[Path]) -> Drafts:
     return _finished(drafts, sources)
 
 
+@uncollected()
 def read_account_files(paths: Sequence[Path]) -> Drafts:
     """Accounts and their contracts. Raises OSError when a file cannot be read; all else is a finding."""
     drafts, sources = Drafts(), [read(path) for path in paths]
@@ -227,56 +232,45 @@ def _read_meter(part: Part, properties: Properties, drafts: Drafts) -> None:
     drafts.meters.append(Draft(item, part.where("id"), _instant(meter.valid_from)))
 
 
-def _read_plan(part: Part, meters: Mapping[str, Meter | None], properties: Properties, drafts: Drafts) -> None:
-    plan = part.validated(PlanModel, without="charges")
+def _read_plan(part: Part, meters: Mapping[str, Meter | None], properties: Properties, drafts: Drafts) -> Plan | None:
+    """Also returns the plan as far as it can be read, for what refers to it; None without an id."""
+    plan = part.validated(PlanModel, without=("charges", "pools"))
     if isinstance(part.data, dict) and part.data.get("charges") in (None, []):
         part.report("charges", "expected at least one charge, got nothing")
     parts = part.parts("charges")
     charges = {charge.id: charge for one in parts if (charge := read_charge(one, meters, properties)) is not None}
     report_repeats([(charge, get(charge.data, "id")) for charge in parts])
+    priced = (tuple(charges.values()), read_pools(part, charges, meters))
     if plan is None:
-        return
-    pools = read_pools(part, plan, charges, {get(one.data, "id") for one in parts}, meters)
-    item = Plan(
-        plan.id,
-        0,
-        plan.name,
-        plan.currency,
-        0,
-        tuple(charges.values()),
-        pools,
-        plan.prorate,
-        trial_days=plan.trial_days,
-    )
+        name = get(part.data, "id")
+        return Plan(name, 0, "", "", 0, *priced) if isinstance(name, str) else None
+    item = Plan(plan.id, 0, plan.name, plan.currency, 0, *priced, plan.prorate, trial_days=plan.trial_days)
     drafts.plans.append(Draft(item, part.where("id"), _instant(plan.valid_from)))
+    return item
 
 
 def _read_price_list(
-    part: Part, plans: Mapping[str, Plan | None], meters: Mapping[str, Meter | None], drafts: Drafts
+    part: Part, plans: Mapping[str, tuple[Part, Plan]], meters: Mapping[str, Meter | None], drafts: Drafts
 ) -> None:
-    model = part.validated(PriceListModel, without="charges")
-    if model is None:
-        return
-    if model.customer_segment is not None and model.account is not None:
+    model = part.validated(PriceListModel, without=("charges", "pools"))
+    if model is not None and model.customer_segment is not None and model.account is not None:
         part.report("account", "expected a customer_segment or an account, got both: make it two price lists")
-    if model.plan not in plans:
-        hint = suggestion(model.plan, sorted(plans)) or ": give the file that defines it too"
-        part.report("plan", f"expected a plan of the files given, got {model.plan!r}{hint}")
-    plan = plans.get(model.plan)
+    name = get(part.data, "plan")
+    if isinstance(name, str) and ID.fullmatch(name) and name not in plans:
+        hint = suggestion(name, sorted(plans)) or ": give the file that defines it too"
+        part.report("plan", f"expected a plan of the files given, got {name!r}{hint}")
     overrides: list[Override] = []
     pools: list[PoolOverride] = []
-    if plan is not None:
-        if model.currency != plan.currency:
+    if name in plans:
+        plan_part, plan = plans[name]
+        if model is not None and plan.currency and model.currency != plan.currency:
             part.report("currency", f"expected {plan.currency}, the currency of plan {plan.id!r}, got {model.currency}")
-        places = part.parts("charges")
+        places, named = part.parts("charges"), ids_of(plan_part, "charges")
         report_repeats([(place, get(place.data, "id")) for place in places])
-        overrides = [override for place in places if (override := read_override(place, plan, meters)) is not None]
-        known = {pool.id for pool in plan.pools}
-        for place, pool in zip(part.parts("pools"), model.pools, strict=True):
-            if pool.id not in known:
-                hint = suggestion(pool.id, sorted(known)) if known else ": it has none"
-                place.report("id", f"expected a pool of plan {plan.id!r}, got {pool.id!r}{hint}")
-            pools.append(PoolOverride(pool.id, pool.included))
+        overrides = [one for place in places if (one := read_override(place, plan, named, meters)) is not None]
+        pools = _read_pool_overrides(part, plan, ids_of(plan_part, "pools"))
+    if model is None:
+        return
     item = PriceList(
         model.id,
         0,
@@ -292,19 +286,37 @@ def _read_price_list(
     drafts.price_lists.append(Draft(item, part.where("id"), _instant(model.valid_from), part.where("plan")))
 
 
+def _read_pool_overrides(part: Part, plan: Plan, named: set[str]) -> list[PoolOverride]:
+    """What a price list changes of its plan's pools, each once."""
+    places = part.parts("pools")
+    report_repeats([(place, get(place.data, "id")) for place in places])
+    found = []
+    for place in places:
+        pool = place.validated(PoolOverrideModel)
+        if pool is not None and pool.id not in named:
+            hint = suggestion(pool.id, sorted(named)) if named else ": it has none"
+            place.report("id", f"expected a pool of plan {plan.id!r}, got {pool.id!r}{hint}")
+        if pool is not None:
+            found.append(PoolOverride(pool.id, pool.included))
+    return found
+
+
 def _read_account(part: Part, drafts: Drafts) -> list[tuple[Part, Data]]:
     """Also returns the account's contracts with their ids, for finding repeated ones."""
-    account = part.validated(AccountModel, without="contracts")
+    account = part.validated(AccountModel, without=("contracts",))
     parts = part.parts("contracts")
     for contract in parts:
-        model = contract.validated(ContractModel, without="phases")
+        model = contract.validated(ContractModel, without=("phases",))
         phases = [(phase, phase.validated(PhaseModel)) for phase in contract.parts("phases")]
-        if model is None or account is None:
+        if model is None:
             continue
-        zone = ZoneInfo(account.time_zone)
+        zone = ZoneInfo(account.time_zone) if account is not None else _UTC
         start, end = _instant(model.start, zone), _instant(model.end, zone)
-        if end is not None and end <= start:
+        backwards = end is not None and end <= start
+        if backwards:
             contract.report("end", f"expected an end after the start, got {shown(contract.data['end'])}")
+        later = _later_phases(phases, model.plan, start, None if backwards else end, zone)
+        if account is None or backwards:
             continue
         item = Contract(
             model.id or _default_id(account.id),
@@ -316,14 +328,15 @@ def _read_account(part: Part, drafts: Drafts) -> list[tuple[Part, Data]]:
             price_list=model.price_list,
             trial_days=model.trial_days,
             legal_entity=model.legal_entity or "",
-            later_phases=_later_phases(phases, model.plan, start, end, zone),
+            later_phases=later,
         )
         drafts.contracts.append(Draft(item, contract.where("id"), plan_where=contract.where("plan")))
     if account is not None:
         customer = Account(
             account.id, 0, account.name, account.time_zone, account.customer_segment, account.parent, account.aliases
         )
-        drafts.accounts.append(Draft(customer, part.where("id"), _instant(account.valid_from)))
+        begin = _instant(account.valid_from, ZoneInfo(account.time_zone))
+        drafts.accounts.append(Draft(customer, part.where("id"), begin))
     name = _default_id(get(part.data, "id"))
     return [(contract, get(contract.data, "id") or name) for contract in parts]
 

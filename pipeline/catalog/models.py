@@ -265,7 +265,6 @@ class PlanModel(_Model):
     id: Id
     name: Name
     currency: Currency
-    pools: list[PoolModel] = []
     prorate: Annotated[Any, BeforeValidator(_choice(*get_args(Prorate)))] = "pool"
     trial_days: Days = 0
     valid_from: Time | None = None
@@ -336,7 +335,7 @@ class RateTierModel(_AnyTierModel):
 class _AnyTieredModel(RunningModel):
     flat_on_zero: Flag = True
     bound: Annotated[Any, BeforeValidator(_choice(*get_args(Bound)))] = "inclusive"
-    beyond: Annotated[Any, BeforeValidator(_choice(*get_args(Beyond)))] = None
+    beyond: Annotated[str, BeforeValidator(_choice(*get_args(Beyond)))] | None = None
 
 
 class VolumeModel(_AnyTieredModel):
@@ -440,7 +439,6 @@ class PriceListModel(_Model):
     currency: Currency
     customer_segment: Id | None = None
     account: Id | None = None
-    pools: list[PoolOverrideModel] = []
     valid_from: Time | None = None
 
 

@@ -147,7 +147,7 @@ def _decide(
         still = f", still that of version {version - 1}, though the content changed" * same
         return draft.where.finding(
             f"expected valid_from {format_instant(earliest)} (60 seconds after publishing) or later, or none to begin "
-            f"then, got {format_instant(begin)}{still}"
+            f"then, got {format_instant(begin)}{still}; what is to correct the past is published with --back-dated"
         )
     if newest is not None and begin < newest.valid_from_us and not back_dated:
         return draft.where.finding(

@@ -216,6 +216,8 @@ def _show(period: str, accounts: Sequence[Backtested], rows: Sequence[Row], *, e
         difference = _money(after - before, currency, sign=True)
         difference += "" if percent is None else f" ({signed(percent)} %)"
         out.print(f"{_money(before, currency)} → {_money(after, currency)}: {difference}", highlight=False)
+    if not any(account.events or account.prices or account.problem for account in accounts):
+        out.print(f"Nothing was used or owed in {period}.", highlight=False)
     ways = [account.way for account in accounts]
     concerned, moved = len(ways) - ways.count("unconcerned"), len({row.account for row in rows})
     out.print(
@@ -305,7 +307,7 @@ def _show_bills(
             out.print(table)
         if len(shown) < len(wrong):
             out.print(f"{len(wrong) - len(shown):,} more with smaller differences: --all or --csv.")
-        out.print(f"{len(lines) - len(wrong):,} lines are equal, {len(wrong):,} are not.", highlight=False)
+        out.print(f"{len(lines) - len(wrong):,} of {len(lines):,} lines are equal.", highlight=False)
         _warn(accounts)
     if wrong or any(account.problem for account in accounts):
         raise typer.Exit(EXIT_FINDINGS)

@@ -72,8 +72,8 @@ def run(case: Mapping[str, Any]) -> Outcome:
         got = MODELS[model](case["inputs"])
     except KeyError as error:
         return Outcome(name, model, (f"expected an input {error}, got none",))
-    except (ValueError, TypeError) as error:
-        return Outcome(name, model, (f"cannot be priced: {error}",))
+    except (ValueError, TypeError, AttributeError, ArithmeticError, IndexError) as error:  # inputs of any shape
+        return Outcome(name, model, (f"cannot be priced: {str(error) or type(error).__name__}",))
     return Outcome(name, model, tuple(_differences(case["expected"], got, "")))
 
 

@@ -1,14 +1,18 @@
 """`tally credits`, `tally commitments`: asked for by one person, decided by another; balances, overdrafts, budgets."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal, get_args
 
 import typer
 from psycopg import Connection
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from pipeline.billing import alerts, credits
 from pipeline.billing.credits import Asked, CreditError, NotFound, Request, decimals_of
@@ -29,6 +33,17 @@ from pipeline.core.money import AMOUNT_DECIMALS, Micros, plain, scaled
 from pipeline.core.periods import format_instant, parse_instant, to_micros
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
+
+
+class _TakesAmounts(TyperCommand):
+    """Says what is wrong with an amount below 0, which would otherwise be read as an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, text in pairwise(["", *takewhile(lambda text: text != "--", args)]):
+            if re.fullmatch(r"-[\d.]+", text) and not before.startswith("--"):
+                ctx.fail(f"expected an amount of 0 or more, got {text}; `tally credits void` takes a grant back")
+        return super().parse_args(ctx, args)
+
 
 _credits = typer.Typer(
     help="Credits of accounts: prepaid, promotional, for service, corrections. One person asks, another approves.",
@@ -61,7 +76,7 @@ _REASONS = "; ".join(f"{kind}: {', '.join(sorted(codes - {'rollover'}))}" for ki
 # -- requests
 
 
-@_credits.command()
+@_credits.command(cls=_TakesAmounts)
 def grant(
     account: Account,
     amount: Amount,
@@ -138,10 +153,10 @@ def void(
     with _deciding(settings) as connection:
         request = credits.request_void(connection, number, reason=reason, note=note, actor=settings.actor)
         made = credits.read_request(connection, request)
-    _show_requested(made, f"an end of {number}", as_json=as_json)
+    _show_requested(made, f"an end of {number}, {_asked(made)} of {made.account}", as_json=as_json)
 
 
-@_commitments.command("add")
+@_commitments.command("add", cls=_TakesAmounts)
 def add_commitment(
     account: Account,
     amount: Amount,
@@ -210,7 +225,12 @@ def _decide(
     if as_json:
         emit_json(_as_data(decided))
         return
-    err.print(f"{request} is {verdict} by {escape(str(decided.decided_by))}.", highlight=False)
+    err.print(
+        f"Request {request} is {verdict} by {decided.decided_by}: {_said(decided)}, account {decided.account}.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 # -- what there is
@@ -225,6 +245,7 @@ def list_(
 ) -> None:
     """Grants with what was drawn from them; with --open the requests that wait for a second person."""
     with connect(settings_for(data_dir).dsn, application="credits") as connection:
+        _check_known(connection, account)
         if waiting:
             _show_open(credits.open_requests(connection, account), as_json=as_json)
             return
@@ -240,6 +261,7 @@ def balance(account: SomeAccount = None, data_dir: DataDir = None, as_json: Json
     `tally alerts` keeps it within seconds of usage; with --json it says since when.
     """
     with connect(settings_for(data_dir).dsn, application="credits") as connection:
+        _check_known(connection, account)
         found = credits.listed(connection, "balances", account)
     columns = ["account", "reduces", "balance", "granted", "unit", "overdrawn", "uncovered", "next_end_at"]
     _show(found, columns, "No credits that count.", as_json=as_json)
@@ -249,15 +271,17 @@ def balance(account: SomeAccount = None, data_dir: DataDir = None, as_json: Json
 def list_commitments(account: SomeAccount = None, data_dir: DataDir = None, as_json: Json = False) -> None:
     """Commitments and who agreed to them."""
     with connect(settings_for(data_dir).dsn, application="credits") as connection:
+        _check_known(connection, account)
         found = credits.listed(connection, "commitments", account)
-    columns = ["commitment_id", "account", "state", "amount", "currency", "per", "starts_at", "ends_at"]
+    columns = ["commitment_id", "account", "state", "amount", "currency", "per", "true_up", "overage_factor"]
+    columns += ["starts_at", "ends_at"]
     _show(found, columns, "No commitments yet: `tally commitments add`.", as_json=as_json)
 
 
 # -- settings of an account
 
 
-@_credits.command()
+@_credits.command(cls=_TakesAmounts)
 def overdraft(
     account: Account,
     amount: Amount,
@@ -280,7 +304,7 @@ def overdraft(
     err.print(f"{account} may overdraw {plain(limit)} {currency}; {then}.", highlight=False, markup=False)
 
 
-@_credits.command()
+@_credits.command(cls=_TakesAmounts)
 def budget(
     account: Account,
     amount: Annotated[str, typer.Argument(help="What it means to spend per billing period; `none` ends it.")],
@@ -299,6 +323,14 @@ def budget(
 
 
 # -- pieces
+
+
+def _check_known(connection: "Connection[Any]", account: str | None) -> None:
+    try:
+        if account is not None:
+            credits.check_account(connection, account)
+    except NotFound as error:
+        fail(str(error), EXIT_NOT_FOUND)
 
 
 @contextmanager
@@ -351,6 +383,9 @@ def _as_data(request: Request) -> dict[str, Any]:
         "action": request.action,
         "account": request.account,
         "target": request.target,
+        "amount": request.amount,
+        "unit": request.unit,
+        "kind": request.kind,
         "reason_code": request.reason_code,
         "note": request.note,
         "requested_by": request.requested_by,
@@ -374,15 +409,36 @@ def _show_requested(request: Request, what: str, *, as_json: bool) -> None:
     )
 
 
+_WHAT = {"grant": "grant", "commit": "commitment", "void": "end"}
+
+
+def _asked(request: Request) -> str:
+    """What a request is about: ``50 USD prepaid``, ``1000 USD per year``."""
+    return f"{plain(request.amount)} {request.unit} {request.kind}"
+
+
+def _said(request: Request) -> str:
+    """``grant of 50 USD prepaid``; ``end of 1, 50 USD prepaid``."""
+    ended = f" {request.target}," if request.target else ""
+    return f"{_WHAT[request.action]} of{ended} {_asked(request)}"
+
+
 def _show_open(requests: Sequence[Request], *, as_json: bool) -> None:
     if as_json:
         emit_json([_as_data(request) for request in requests])
         return
     table = Table("request", "what", "of", "account", "reason", "note", "asked by", "at")
     for one in requests:
-        at = format_instant(to_micros(one.requested_at))
-        cells = (str(one.id), one.action, str(one.target or ""), one.account, one.reason_code, one.note)
-        table.add_row(*map(escape, (*cells, one.requested_by)), at)
+        at = f"{one.requested_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        cells = (
+            str(one.id),
+            _WHAT[one.action] + (f" of {one.target}" if one.target else ""),
+            _asked(one),
+            one.account,
+            one.reason_code,
+            one.note,
+        )
+        table.add_row(*map(escape, (*cells, one.requested_by, at)))
     out.print(table)
     if not requests:
         err.print("Nothing waits for a decision.")
@@ -400,6 +456,8 @@ _HEADS = {
     "currency": "",
     "reduces": "pays",
     "uncovered": "to bill",
+    "true_up": "trued up",
+    "overage_factor": "overage",
     "starts_at": "from",
     "ends_at": "until",
     "next_end_at": "next ends",
@@ -425,6 +483,8 @@ def _show(rows: Sequence[dict[str, Any]], columns: Sequence[str], nothing: str, 
 def _text(column: str, value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, Decimal):
         return plain(value)
     if column.endswith("_at"):

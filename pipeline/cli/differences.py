@@ -13,7 +13,7 @@ from pipeline.catalog.approvals import Proposal
 from pipeline.catalog.diff import Change, Example, changes, examples
 from pipeline.core.documents import Item, Kind
 from pipeline.core.money import Amount, Micros, amount_decimal, plain, quantity_decimal
-from pipeline.core.periods import format_instant, to_micros
+from pipeline.core.periods import format_instant, to_datetime, to_micros
 from pipeline.core.plans import Plan
 
 
@@ -80,8 +80,12 @@ def show_proposal(proposal: Proposal) -> Iterator[RenderableType]:
     for document in proposal.documents:
         yield from show_difference(document.kind, document.before, document.after)
         begins = proposal.valid_from if proposal.valid_from is not None else document.valid_from_us
+        if begins is None and document.before is not None:
+            begins = timedelta(0)  # as soon as it may
         if begins is not None:
             yield Text(f"  counts from {_when(begins)}" + (", also where that is past" if proposal.back_dated else ""))
+            if document.kind in _SPLITS_MONTHS and document.before is not None and _inside_a_month(begins):
+                yield Text("  inside a month: tiers, their flat fees and included units count anew from then on")
     if (decision := proposal.decision) is not None:
         why = f": {decision.reason}" if decision.reason else ""
         at = format_instant(to_micros(decision.decided_at))
@@ -97,6 +101,21 @@ def _when(begins: timedelta | Micros) -> str:
     if isinstance(begins, int):
         return format_instant(begins)
     return f"{max(int(begins.total_seconds()), 60)} seconds after approval"
+
+
+#: Kinds whose versions begin a new part of the month.
+_SPLITS_MONTHS = ("plan", "price_list")
+#: How far from UTC's a month may begin: zones from UTC-12 to UTC+14.
+_EARLIEST_ZONE, _LATEST_ZONE = timedelta(hours=14), timedelta(hours=12)
+
+
+def _inside_a_month(begins: timedelta | Micros) -> bool:
+    """Whether no account's month begins then, whatever its time zone. A time after approval is taken to be inside."""
+    if isinstance(begins, timedelta):
+        return True
+    at = to_datetime(begins)
+    first, last = at + _EARLIEST_ZONE, at - _LATEST_ZONE - timedelta(microseconds=1)
+    return (first.year, first.month) == (last.year, last.month)
 
 
 def _examples(before: Item | None, after: Item) -> Sequence[Example]:

@@ -52,7 +52,7 @@ def explain(
         return
     show = {"event": _event, "line": _line, "invoice": _invoice, "month": _month}[found["kind"]]
     for panel in show(found):
-        out.print(panel)
+        out.print(panel, soft_wrap=False)  # text in panels wraps; soft, it would be cut at their edge
 
 
 # -- events

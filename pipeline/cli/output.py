@@ -70,7 +70,8 @@ def run_reporting_errors(app: Callable[[], Any]) -> None:
             _say(f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}, got {problem['input']!r}")
         sys.exit(EXIT_USAGE)
     except (TopicMismatch, EmbeddedError, TimeoutError, ValueError) as error:
-        _say(str(error))
+        # Futures raise a TimeoutError without a word.
+        _say(str(error) or "Kafka did not answer in time\nIs it running, or busy? `tally doctor` looks.")
         sys.exit(EXIT_ERROR)
     except OperationalError as error:
         _say(f"PostgreSQL does not answer: {str(error).strip()}\nIs it running? `tally doctor` looks.")

@@ -175,7 +175,9 @@ def approve(
     settings = settings_for(data_dir)
     with refusals_shown(as_json=as_json):
         published = approvals.approve(settings.dsn, proposal, actor=by or settings.actor, reason=reason)
-    show_published(settings, published, wait=wait, as_json=as_json)
+        with connect(settings.dsn, application="plans") as connection:
+            (decided,) = approvals.proposals(connection, only=proposal)
+    show_published(settings, published, wait=wait, as_json=as_json, back_dated=decided.back_dated)
 
 
 @_plans.command()

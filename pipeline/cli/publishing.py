@@ -45,7 +45,7 @@ def publish_and_show(
         published = publish(
             settings.dsn, drafts, actor=settings.actor, reason=reason, valid_from=valid_from, back_dated=back_dated
         )
-    show_published(settings, published, wait=wait, as_json=as_json)
+    show_published(settings, published, wait=wait, as_json=as_json, back_dated=back_dated)
 
 
 def propose_and_show(
@@ -95,8 +95,10 @@ def refusals_shown(*, as_json: bool) -> Iterator[None]:
         fail(str(error), codes.get(type(error), EXIT_FINDINGS))
 
 
-def show_published(settings: Settings, published: Sequence[Published], *, wait: float, as_json: bool) -> None:
-    """Each document's version, and whether raters have it."""
+def show_published(
+    settings: Settings, published: Sequence[Published], *, wait: float, as_json: bool, back_dated: bool = False
+) -> None:
+    """Each document's version, whether raters have it, and what is left to do for a back-dated change."""
     if not as_json:
         _show(published)
     with err.status("waiting for the relay"):
@@ -117,13 +119,18 @@ def show_published(settings: Settings, published: Sequence[Published], *, wait: 
         _warn(published, relayed)
     elif relayed.at is not None and not as_json:
         err.print(f"Raters have it since {format_instant(to_micros(relayed.at))}.", highlight=False)
+    if back_dated and not as_json and any(one.outcome != "unchanged" for one in published):
+        err.print(
+            "What was rated before keeps its amounts until `tally rerate --period YYYY-MM`, for each open month.",
+            highlight=False,
+        )
 
 
 def _show(published: Sequence[Published]) -> None:
     table = Table("", "id", "version", "", "counts from (event time)")
     for one in published:
         begins = counts_from(one.valid_from_us) if one.kind in DATED else ""
-        table.add_row(one.kind, one.id, str(one.version), one.outcome, begins)
+        table.add_row(one.kind.replace("_", " "), one.id, str(one.version), one.outcome, begins)
     out.print(table)
     new = sum(one.outcome != "unchanged" for one in published)
     err.print(f"{new} published, {len(published) - new} unchanged." if new else "Nothing changed, nothing published.")

@@ -3,6 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -16,10 +17,12 @@ from pipeline.billing.rerate import rerate as book
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
 from pipeline.core.money import amount_decimal, plain, quantity_decimal
-from pipeline.core.periods import format_instant
+from pipeline.core.periods import format_instant, to_micros
 
 #: Entries shown before the rest is only counted; --json has all.
 _SHOWN_MAX = 50
+#: Where a month begins first.
+_FIRST_ZONE = "Pacific/Kiritimati"
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +45,8 @@ def rerate(
     problem that must be settled first; the others are booked.
     """
     month = Month.parse(period)
+    if month.period_in(_FIRST_ZONE).start_us > to_micros(datetime.now(UTC)):
+        fail(f"expected a month that has begun, got {period}: what it will hold is not known yet", EXIT_USAGE)
     if not dry_run and not (why or "").strip():
         fail("expected --why, a reason that is kept with the entries; or --dry-run", EXIT_USAGE)
     settings = settings_for(data_dir)
@@ -115,15 +120,20 @@ def show(found: Sequence[Rerated]) -> None:
     sums: defaultdict[str, int] = defaultdict(int)
     for _, entry in entries:
         sums[entry.terms.currency] += entry.amount
-    if not entries:
+    if not found:
         err.print("Nothing to book: every line stands at its closing price.")
     for currency, amount in sorted(sums.items()):
         accounts = len({account for account, entry in entries if entry.terms.currency == currency})
-        err.print(f"In sum {_signed(amount_decimal(amount))} {currency} on {accounts:,} accounts.", highlight=False)
+        err.print(
+            f"In sum {_signed(amount_decimal(amount))} {currency} on {accounts:,} account{'s' * (accounts != 1)}.",
+            highlight=False,
+        )
 
 
 def _table(entries: Iterable[tuple[str, CloseEntry]]) -> Table:
-    table = Table("account", "charge", "priced by", "from", "why")
+    table = Table()
+    for column in ("account", "charge", "priced by", "from", "why"):
+        table.add_column(column, overflow="fold")
     for column in ("quantity", "holds", "closing price", "to book"):
         table.add_column(column, justify="right")
     for account, entry in entries:
@@ -133,7 +143,7 @@ def _table(entries: Iterable[tuple[str, CloseEntry]]) -> Table:
             escape(account),
             escape(f"{terms.charge} [{terms.cell}]" if terms.cell else terms.charge),
             escape(terms.price_version),
-            format_instant(terms.segment_start_us),
+            format_instant(terms.segment_start_us).removesuffix("T00:00:00Z"),  # nearly all begin with a day
             ", ".join(reason.value.replace("_", " ") for reason in entry.reasons),
             after if before == after else f"{before} → {after}",
             plain(amount_decimal(entry.amount_before)),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from rich.markup import escape
@@ -117,8 +118,12 @@ def _await_members(settings: Settings, wanted: dict[str, int]) -> None:
     deadline = time.monotonic() + _JOINED_S
     for kind, count in wanted.items():
         group = f"{settings.topic_prefix}{kind}"
-        while time.monotonic() < deadline:
-            if len(admin.describe_consumer_groups([group])[group].result(10).members) >= count:
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                members = admin.describe_consumer_groups([group])[group].result(left).members
+            except (TimeoutError, KafkaException):  # a broker that has just started answers late; the workers run
+                members = ()
+            if len(members) >= count:
                 break
             time.sleep(0.2)
 

@@ -256,9 +256,16 @@ def add(
     if json_:
         emit_json({"event": shown, "state": state})
     else:
-        err.print(f"added {account}/{key}: {state.replace('_', ' ')}", highlight=False)
+        err.print(Text(f"added {account}/{key}: {_BECAME.get(state, state)}"), soft_wrap=True)
     if state == "refused":
         raise typer.Exit(EXIT_ERROR)
+
+
+_BECAME = {
+    "parked": "parked, since it has no account, contract or price yet: it is tried again (`tally dlq list` says why)",
+    "refused": "refused: `tally dlq list` says why",
+    "on_its_way": "on its way: `tally explain` tells what becomes of it",
+}
 
 
 def _await_billed(connection: "Connection[Any]", account: str, key: str, wait: float) -> str:
@@ -418,7 +425,8 @@ def _table(held: Sequence[Held]) -> Any:
     table = table_of("account", "charge", *right, right=right)
     for one in held:
         amounts = (f"{plain(amount)} {one.currency}" for amount in (one.amount, one.change))
-        table.add_row(one.account, one.charge, f"{one.events:,}", plain(one.quantity), *amounts)
+        quantity = "" if one.quantity is None else plain(one.quantity)
+        table.add_row(one.account, one.charge, f"{one.events:,}", quantity, *amounts)
     return table
 
 

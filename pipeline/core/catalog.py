@@ -15,7 +15,7 @@ from typing import Generic, Literal, Self, TypeAlias, TypeVar
 from pipeline.core.charges import Charge
 from pipeline.core.contracts import Account, Contract, Phase
 from pipeline.core.documents import Entry, from_document
-from pipeline.core.meters import Meter
+from pipeline.core.meters import Meter, totals_alike
 from pipeline.core.money import Micros
 from pipeline.core.periods import Period, days_later, format_instant, month_of
 from pipeline.core.plans import Plan, Pool, PriceList, free, overridden
@@ -28,6 +28,9 @@ __all__ = ["EARLY_US", "NOTICE_S", "STALE_S", "Catalog", "Entry", "Segment", "Te
 @dataclass(frozen=True, slots=True)
 class Segment:
     """The longest part of a billing period with one contract, phase, plan and price version: ``[start_us, end_us)``.
+
+    A meter version begins one, too, if from then on events make one quantity in another way: as a peak, no longer a
+    sum. One that only measures each event otherwise does not.
 
     ``charges`` and ``pools`` are what holds in it: the plan's, with the price lists' overrides, prorated as the plan
     says, free in a trial. They include charges without a meter (flat fees), which no event pays: the close does.
@@ -249,7 +252,9 @@ class Catalog:
             return listed
         price_lists, *lists_span = listed
         period = month_of(at_us, known.time_zone)
-        spans = (span, phase_span, plan_span, trial_span, lists_span, (period.start_us, period.end_us))
+        metered = [meter for charge in plan.charges if (meter := self._meters.get(charge.meter or "")) is not None]
+        spans = [span, phase_span, plan_span, trial_span, lists_span, (period.start_us, period.end_us)]
+        spans += [_counted_alike(meter, at_us) for meter in metered]
         start_us, end_us = max(start for start, _ in spans), min(end for _, end in spans)
         charges, pools = plan.charges, plan.pools
         if trial:
@@ -340,6 +345,18 @@ def _with_version(timeline: _Timeline[V] | None, version: V) -> _Timeline[V]:
         by_start[version.valid_from_us] = version
     starts = tuple(sorted(by_start))
     return _Timeline(starts, tuple(by_start[start] for start in starts))
+
+
+def _counted_alike(meter: _Timeline[Meter], at_us: Micros) -> tuple[Micros, Micros]:
+    """From when and until when a meter's versions make one quantity of events as the one that counts at a time does."""
+    versions = meter.versions
+    first = last = at = max(bisect_right(meter.starts, at_us) - 1, 0)
+    while first > 0 and totals_alike(versions[first - 1], versions[at]):
+        first -= 1
+    while last + 1 < len(versions) and totals_alike(versions[last + 1], versions[at]):
+        last += 1
+    start = -_NEVER if first == 0 else meter.starts[first]
+    return start, meter.next_start(meter.starts[last])
 
 
 def _in_force(contracts: tuple[Contract, ...], at_us: Micros) -> tuple[Contract, Micros, Micros] | None:

@@ -71,9 +71,9 @@ def close_segment(
 
     ``charges`` are the segment's effective charges in the plan's order, each with its meter. One without usage has the
     counter of cell () and subject "" at price 0: a first tier's flat fee, a minimum. A charge that is split into cells
-    or subjects has counters only where there is usage; its minimum and maximum concern all of them together. Above the
-    maximum each gives off its part in proportion to its amount (largest remainder); what is missing to the minimum
-    stands on the counter of cell () and subject "".
+    or subjects has counters only where there is usage or something stood before, other than 0; its minimum and maximum
+    concern all of them together. Above the maximum each gives off its part in proportion to its amount (largest
+    remainder); what is missing to the minimum stands on the counter of cell () and subject "".
 
     Raises ValueError as ``closing_price``.
     """
@@ -82,7 +82,8 @@ def close_segment(
     for pool in pools:
         pooled |= close_pools(pool, usage)
     counters: defaultdict[str, list[Counter]] = defaultdict(list)
-    for counter in sorted({*usage, *openings}):
+    stood = {counter for counter, opening in openings.items() if opening != Opening()}
+    for counter in sorted({*usage, *stood}):
         counters[counter.charge].append(counter)
     closings: dict[Counter, Closing] = {}
     for charge, meter in charges:
@@ -138,23 +139,24 @@ def closing_price(
 def close_pools(pool: Pool, usage: Mapping[Counter, Sequence[Member]]) -> dict[Counter, Quantity]:
     """How many units of a pool each counter gets: in the pool's order of charges, then event time, then key.
 
-    The meters of its charges are additive, so quantities are the members' own. What an event below zero gives back,
-    later ones may take. A counter that gets nothing is left out.
+    The meters of its charges are additive, so quantities are the members' own. A counter gets no more than it used in
+    the end: what events below zero give back is there for others, so nobody pays while units are left. A counter that
+    gets nothing is left out.
     """
     left = pool.included
     allotted: defaultdict[Counter, Quantity] = defaultdict(int)
     for charge in pool.charges:
-        drawn = (
-            (member, counter) for counter, members in usage.items() if counter.charge == charge for member in members
-        )
+        drawing = {counter: members for counter, members in usage.items() if counter.charge == charge}
+        totals = {counter: sum(member.quantity for member in members) for counter, members in drawing.items()}
+        events = [(member, counter) for counter, members in drawing.items() for member in members]
         used: defaultdict[Counter, Quantity] = defaultdict(int)
-        for member, counter in sorted(drawn):
+        for member, counter in sorted(events):
             used[counter] += member.quantity
-            # What the counter has to pay for, or got too much of.
-            wanted = max(used[counter], 0) - allotted[counter]
-            taken = min(wanted, left)
-            allotted[counter] += taken
-            left -= taken
+            wanted = min(used[counter], totals[counter]) - allotted[counter]
+            if wanted > 0:
+                taken = min(wanted, left)
+                allotted[counter] += taken
+                left -= taken
     return {counter: quantity for counter, quantity in allotted.items() if quantity}
 
 

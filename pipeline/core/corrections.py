@@ -7,11 +7,12 @@ Nothing is updated (law 9), and the identity stays the event's own, so a voided 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, Self
+from typing import Any, Final, Self, get_args
 
 from pipeline.core.catalog import Terms
-from pipeline.core.charges import Charge
+from pipeline.core.charges import Charge, ChargeClass
 from pipeline.core.meters import Meter
 from pipeline.core.money import (
     AMOUNT_DECIMALS,
@@ -20,6 +21,7 @@ from pipeline.core.money import (
     Micros,
     Quantity,
     amount_decimal,
+    minor_units,
     quantity_decimal,
     scaled,
 )
@@ -113,6 +115,10 @@ class Correction:
             raise ValueError(f"expected an entry number from 1 and a partition from 0, of 32 bits, got {got}")
         if not record["rows"]:
             raise ValueError("expected rows to take back, got none")
+        if len({(row["charge"], row["cell"]) for row in record["rows"]}) < len(record["rows"]):
+            raise ValueError("expected one row of each charge and cell, got one twice")
+        _check_years(record["decided_at"], record["origin_appended_at"])
+        _check_texts(record["origin_topic"])
         return cls(
             number=record["number"],
             entry=record["entry"],
@@ -145,6 +151,15 @@ _PLAIN: Final = (
     "late",
 )
 _INT_MAX: Final = 2**31 - 1
+_CLASSES: Final = frozenset(get_args(ChargeClass))
+#: One more digit does not fit into a rated row.
+_NUMBER_MAX: Final = 10**38
+#: What lines and rows have room for in their unique indexes, all texts of a row together (bytes), and these two alone
+#: (characters): the sink takes no more.
+_TEXTS_BYTES_MAX: Final = 2_300
+_CHARGE_MAX, _CELL_MAX = 200, 400
+#: Years in which every time zone can count, as in the catalog.
+_YEAR_FIRST, _YEAR_LAST = 1970, 9998
 _TIMES: Final = ("period_start", "period_end", "segment_start")
 
 
@@ -174,10 +189,33 @@ def _row_record(row: HeldRow) -> dict[str, Any]:
 
 def _held_row(record: Mapping[str, Any]) -> HeldRow:
     plain: dict[str, Any] = {name: record[name] for name in _PLAIN}
+    _check_texts(*(value for value in plain.values() if isinstance(value, str)))
+    if not (0 <= record["plan_version"] <= _INT_MAX and 0 <= record["meter_version"] <= _INT_MAX):
+        raise ValueError(f"expected versions of 32 bits, got {record['plan_version']} and {record['meter_version']}")
+    if len(record["charge"]) > _CHARGE_MAX or len(record["cell"]) > _CELL_MAX:
+        raise ValueError(f"expected a charge and a cell of at most {_CHARGE_MAX} and {_CELL_MAX} characters")
+    _check_years(*(record[name] for name in _TIMES))
+    if record["period_end"] <= record["period_start"]:
+        raise ValueError(f"expected a period that ends after {record['period_start']}, got {record['period_end']}")
+    if record["price_class"] not in _CLASSES:
+        raise ValueError(f"expected a price class of {', '.join(sorted(_CLASSES))}, got {record['price_class']!r}")
+    minor_units(record["currency"])
+    quantity, amount = scaled(record["quantity"], QUANTITY_DECIMALS), scaled(record["amount"], AMOUNT_DECIMALS)
+    if max(abs(quantity), abs(amount)) >= _NUMBER_MAX:
+        raise ValueError(f"expected a quantity and an amount of at most 38 digits, got {quantity}e-9 and {amount}e-12")
     times: dict[str, Any] = {f"{name}_us": to_micros(record[name]) for name in _TIMES}
-    return HeldRow(
-        **plain,
-        **times,
-        quantity=scaled(record["quantity"], QUANTITY_DECIMALS),
-        amount=scaled(record["amount"], AMOUNT_DECIMALS),
-    )
+    return HeldRow(**plain, **times, quantity=quantity, amount=amount)
+
+
+def _check_years(*times: datetime) -> None:
+    for at in times:
+        if not _YEAR_FIRST <= at.year <= _YEAR_LAST:
+            raise ValueError(f"expected a time of the years {_YEAR_FIRST} to {_YEAR_LAST}, got {at}")
+
+
+def _check_texts(*texts: str) -> None:
+    for one in texts:
+        if "\0" in one:
+            raise ValueError(f"expected a text without NUL, got {one[:40]!r}")
+    if sum(len(one.encode()) for one in texts) > _TEXTS_BYTES_MAX:
+        raise ValueError(f"expected texts of at most {_TEXTS_BYTES_MAX} bytes in all")

@@ -141,6 +141,11 @@ def faults(meter: Meter) -> list[Fault]:
     return found
 
 
+def totals_alike(one: Meter, other: Meter) -> bool:
+    """Whether two versions make one quantity of a counter's events in the same way, however they measure each event."""
+    return _of_total(one) == _of_total(other)
+
+
 def compile_measure(meter: Meter) -> Measure:
     """A function that measures one event of the meter's type. Raises ValueError for a meter with ``faults``.
 
@@ -184,6 +189,12 @@ def compile_cell(names: tuple[str, ...]) -> Cell:
 
 
 # From here on: how a measure is put together. All of it runs once per meter; what it returns runs once per event.
+
+
+def _of_total(meter: Meter) -> tuple[object, ...]:
+    derived = (meter.convert, meter.rounding) if meter.derived_per == "total" else None
+    return meter.aggregation, meter.level, meter.time_unit, meter.carries_over, derived
+
 
 #: Characters of a refused value quoted in the message.
 _QUOTED_MAX = 40
@@ -367,7 +378,10 @@ def _faults_of_value(meter: Meter) -> Iterator[Fault]:
                 yield Fault("value", "expected the property whose different texts are counted, and no expression")
         case _:
             if (value is None) == (expression is None) or value == "":
-                yield Fault("value", f"expected the property to take the {aggregation} of, or an expression instead")
+                got = "neither" if value is None else "both" if expression is not None else "no name"
+                yield Fault(
+                    "value", f"expected the property to take the {aggregation} of, or an expression instead, got {got}"
+                )
     if expression is not None:
         try:
             compile_expression(expression)

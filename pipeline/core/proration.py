@@ -26,7 +26,8 @@ def prorated(
     """A plan's charges and pools for ``[start_us, end_us)`` of the period. The whole period has them as they are.
 
     Prorated are included units and, with ``pool_and_tiers``, the bounds of tiers; never prices, fees, minimums or
-    maximums. No tier is lost: each holds at least 1e-9, in a segment however short.
+    maximums, nor anything of a charge ``per_level``, which pays each level for its share of the period already. No
+    tier is lost: each holds at least 1e-9, in a segment however short.
     """
     if prorate == "none" or (start_us, end_us) == (period.start_us, period.end_us):
         return tuple(charges), tuple(pools)
@@ -35,6 +36,8 @@ def prorated(
         return share_of(quantity, period, start_us, end_us)
 
     def of(charge: Charge) -> Charge:
+        if charge.per_level:
+            return charge
         if charge.included:
             charge = replace(charge, included=part(charge.included))
         if prorate == "pool_and_tiers" and charge.tiers:

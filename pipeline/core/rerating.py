@@ -37,7 +37,7 @@ class ClosedLine:
 
     segment: Segment
     charge: Charge
-    #: The version that counts at the segment's end; None for a charge without a meter.
+    #: The last version that counts in the segment; None for a charge without a meter.
     meter: Meter | None
     cell: str
     price_class: ChargeClass
@@ -157,7 +157,7 @@ class _Finder:
         terms = self._catalog.terms(self._account, use.event_type, use.at_us)
         if isinstance(terms, Rejection):
             return terms
-        # The meter that counts at the segment's end says how its events make one quantity.
+        # The meters that count within a segment all make one quantity of its events in the same way.
         closing = {charge.id: meter for charge, meter in _with_meters(self._catalog, terms.segment)}
         ways = tuple(
             _way(charge, meter, summed=class_in(terms.segment, charge, closing[charge.id]) == "running")

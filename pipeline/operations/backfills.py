@@ -186,16 +186,16 @@ SELECT what, count(*), min(event), blocks FROM found GROUP BY rank, what, blocks
 """
 _OUTCOME = """
 WITH sent AS (
-    SELECT event.*, (
+    SELECT event.*, event.number <= backfill.sent AS confirmed, (
         SELECT usage.kind FROM billing.rated_usage AS usage
         WHERE usage.event_month = date_trunc('month', event.event_time, 'UTC')::date
             AND usage.identity = event.identity AND usage.source = backfill.source
         ORDER BY usage.entry DESC LIMIT 1
     ) AS billed
     FROM billing.backfill JOIN billing.backfill_event AS event ON event.backfill = backfill.name
-    WHERE backfill.name = %s AND event.number <= backfill.sent
+    WHERE backfill.name = %s
 ), states AS (
-    SELECT billed, CASE WHEN billed IS NULL THEN (
+    SELECT confirmed, billed, CASE WHEN billed IS NULL THEN (
         SELECT unrated.state FROM billing.unrated_event AS unrated
         WHERE unrated.idempotency_key = sent.idempotency_key AND unrated.account = sent.account
             AND unrated.state IN ('parked', 'dead_lettered')
@@ -204,7 +204,7 @@ WITH sent AS (
 )
 SELECT count(*) FILTER (WHERE billed <> 'void'), count(*) FILTER (WHERE billed = 'void'),
     count(*) FILTER (WHERE unrated = 'parked'), count(*) FILTER (WHERE unrated = 'dead_lettered'),
-    count(*) FILTER (WHERE billed IS NULL AND unrated IS NULL)
+    count(*) FILTER (WHERE billed IS NULL AND unrated IS NULL AND confirmed)
 FROM states
 """
 
@@ -240,7 +240,7 @@ def findings(connection: "Connection[Any]", backfill: Backfill) -> list[Finding]
 
 
 def outcome(connection: "Connection[Any]", name: str) -> Outcome:
-    """What became of the events that were sent, as far as PostgreSQL knows."""
+    """What became of the events that were sent, as far as PostgreSQL knows; those of a command that died too."""
     row = connection.execute(_OUTCOME, [name]).fetchone()
     assert row is not None
     return Outcome(*row)
@@ -348,10 +348,6 @@ def _produce(producer: Producer, topic: str, events: Sequence[Record], schemas: 
 
 # -- reverting
 
-_ARRIVED = """
-SELECT coalesce((SELECT greatest(settled_blocks * 1000 - 1, 0) FROM billing.source WHERE source = %(source)s), 0)
-    + coalesce((SELECT sum(bit_count(bits)) FROM billing.source_sequence WHERE source = %(source)s), 0)
-"""
 _BILLED = """
 SELECT DISTINCT usage.event_month, usage.identity, usage.account, usage.idempotency_key
 FROM billing.backfill_event AS event
@@ -396,16 +392,19 @@ def end_revert(connection: "Connection[Any]", name: str, *, actor: str) -> Backf
 
 
 def _await_written(connection: "Connection[Any]", settings: Settings, backfill: Backfill, wait_s: float) -> None:
-    """Wait until every event sent has been rated, and every row of that is written."""
+    """Wait until every event that stands on its topic now has been rated, and every row of that is written.
+
+    Not only those it knows to be sent: of a commit that died, a portion may stand there that nobody wrote down.
+    """
     until = time.monotonic() + wait_s
-    look, ends = KafkaLook(settings), None
+    look, topic = KafkaLook(settings), Topics(settings.topic_prefix).events
+    sent = {place: end for place, end in look.ends().items() if place[0] == topic}
+    ends: dict[Place, int] | None = None
     while True:
-        if ends is None:
-            row = connection.execute(_ARRIVED, {"source": backfill.source}).fetchone()
-            if row is not None and row[0] >= backfill.sent:
-                # Receipts are committed with rows and letters: these stand before where their topics end now.
-                ends = {place: end for place, end in look.ends().items() if place[0] in look.sink_topics}
-        if ends is not None and _is_written(settings, sink_positions(connection), ends):
+        if ends is None and _has_read(settings, look.rater_positions(), sent):
+            # Rows and letters are committed with a rater's position: they stand before where their topics end now.
+            ends = {place: end for place, end in look.ends().items() if place[0] in look.sink_topics}
+        if ends is not None and _has_read(settings, sink_positions(connection), ends):
             return
         if time.monotonic() >= until:
             raise BackfillError(
@@ -415,8 +414,8 @@ def _await_written(connection: "Connection[Any]", settings: Settings, backfill: 
         time.sleep(_LOOK_S)
 
 
-def _is_written(settings: Settings, positions: Mapping[Place, int], ends: Mapping[Place, int]) -> bool:
-    """Has the sink read all records before these ends? What stands behind the last one are markers."""
+def _has_read(settings: Settings, positions: Mapping[Place, int], ends: Mapping[Place, int]) -> bool:
+    """Has who stands at these positions read all records before the ends? Behind the last one stand markers."""
     behind = {place: positions.get(place, 0) for place, end in ends.items() if positions.get(place, 0) < end}
     return all((message.offset() or 0) >= ends[place_of(message)] for message in peek(settings, behind, most=1))
 

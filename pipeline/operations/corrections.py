@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from xxhash import xxh3_128_digest
 
+from pipeline.core.aggregation import is_additive
 from pipeline.core.catalog import Catalog
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import Charge, compile_price
@@ -32,11 +33,12 @@ from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decim
 from pipeline.core.periods import to_micros
 from pipeline.core.reasons import Rejection
 from pipeline.infra import wire
-from pipeline.infra.avro import CORRECTIONS, EVENTS, Schemas
+from pipeline.infra.avro import CORRECTIONS, EVENTS, RATED, Schemas, WireError
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics
 from pipeline.operations.at_risk import read_catalog
 from pipeline.operations.events import Mend, mended
+from pipeline.operations.peek import Place, peek, place_of
 
 Action: TypeAlias = Literal["void", "replace"]
 State: TypeAlias = Literal["unsent", "sent", "applied", "refused", "quarantined"]
@@ -102,14 +104,15 @@ class Held(NamedTuple):
     """What is billed of picked events on one account and charge now, and what voiding them all would change.
 
     ``change`` is what the prices of their counters would change by, as things stand; of rows that are no running price,
-    what they are billed at (``pipeline.rating.correct`` says when). Exact, in whole units.
+    what they are billed at (``pipeline.rating.correct`` says when). Exact, in whole units. ``quantity`` is None where
+    quantities of events do not add up to anything: of a maximum, an average, a level.
     """
 
     account: str
     charge: str
     currency: str
     events: int
-    quantity: Decimal
+    quantity: Decimal | None
     amount: Decimal
     change: Decimal
 
@@ -287,6 +290,7 @@ def held(connection: "Connection[Any]", picks: Sequence[Pick]) -> list[Held]:
     catalog = read_catalog(connection, {pick.account for pick in picks})
     sums: dict[tuple[str, str, str], list[int]] = {}
     running: dict[_Counter, tuple[Charge, str, int]] = {}
+    levels: set[tuple[str, str, str]] = set()
     for start in range(0, len(picks), PORTION):
         for rows in _held(connection, picks[start : start + PORTION]).values():
             for row in rows:
@@ -294,6 +298,9 @@ def held(connection: "Connection[Any]", picks: Sequence[Pick]) -> list[Held]:
                     continue
                 held_row = _held_row(row)
                 one = sums.setdefault((row["account"], row["charge"], row["currency"]), [0, 0, 0, 0])
+                meter = catalog.meter(row["meter"], to_micros(row["event_time"]))
+                if meter is None or not is_additive(meter):
+                    levels.add((row["account"], row["charge"], row["currency"]))
                 one[0] += 1
                 one[1] += held_row.quantity
                 one[2] += held_row.amount
@@ -314,7 +321,13 @@ def held(connection: "Connection[Any]", picks: Sequence[Pick]) -> list[Held]:
         price = compile_price(charge, cell_values(cell, len(charge.by)))
         sums[account, name, currency][3] += (price(before - quantity) or 0) - (price(before) or 0)
     return [
-        Held(*key, events, quantity_decimal(quantity), amount_decimal(amount), amount_decimal(change))
+        Held(
+            *key,
+            events,
+            None if key in levels else quantity_decimal(quantity),
+            amount_decimal(amount),
+            amount_decimal(change),
+        )
         for key, (events, quantity, amount, change) in sorted(sums.items())
     ]
 
@@ -337,6 +350,14 @@ JOIN billing.invoice_line AS line ON line.id = usage.line_id
 """
 # The sink and the close lock invoices in this order too. Held until the decision stands: a close waits, then sees it.
 _LOCK_INVOICES = "SELECT id FROM billing.invoice WHERE id = ANY(%s) ORDER BY id FOR SHARE"
+# The rows of an event stand behind one another on usage.rated; the sink may have written some of them. Where it stands
+# right behind the last one, only the log can say that no more of them follow.
+_LAST_WRITTEN = """
+SELECT usage.rated_partition, max(usage.rated_offset)
+FROM unnest(%s::date[], %s::uuid[]) AS wanted (event_month, identity)
+JOIN billing.rated_usage AS usage USING (event_month, identity) GROUP BY usage.rated_partition
+"""
+_POSITIONS = "SELECT partition, next_offset FROM billing.sink_position WHERE topic = %s"
 # An event that two commands choose is decided by one after the other.
 _LOCK_IDENTITIES = """
 SELECT pg_advisory_xact_lock(hashtextextended('tally correction ' || identity, 0))
@@ -375,8 +396,9 @@ def decide(
     topics = Topics(settings.topic_prefix)
     for start in range(0, len(picks), PORTION):
         portion = picks[start : start + PORTION]
+        whole = _written_whole(connection, settings, portion, topics, schemas)
         with connection.transaction():
-            _decide(connection, portion, decision, topics, schemas, result)
+            _decide(connection, portion, decision, topics, schemas, result, whole)
         on_portion(len(portion))
     return result
 
@@ -388,11 +410,13 @@ def _decide(
     topics: Topics,
     schemas: Schemas,
     result: Decided,
+    whole: Mapping[int, int],
 ) -> None:
     months, identities = [pick.event_month for pick in picks], [pick.identity for pick in picks]
     connection.execute(_LOCK_IDENTITIES, [identities])
     invoices = [invoice for (invoice,) in connection.execute(_INVOICES, [months, identities])]
     connection.execute(_LOCK_INVOICES, [invoices])
+    behind = dict(connection.execute(_POSITIONS, [topics.rated]).fetchall())  # before the rows: not too far
     rows_of = _held(connection, picks)
     earlier = {
         identity: (entry, waiting)
@@ -404,7 +428,7 @@ def _decide(
     for pick, number in zip(picks, numbers, strict=True):
         last, waiting = earlier.get(pick.identity, (0, None))
         rows = rows_of.get(pick.identity, [])
-        if problem := _problem(pick, rows, waiting):
+        if problem := _problem(pick, rows, waiting, behind, whole):
             result.refused.append((pick, problem))
             continue
         event = _event(rows[0], schemas)
@@ -438,10 +462,50 @@ def _decide(
     connection.execute(_QUEUE, [[row[0] for row in decided]])
 
 
-def _problem(pick: Pick, rows: Sequence[_Row], waiting: int | None) -> str | None:
+def _written_whole(
+    connection: "Connection[Any]", settings: Settings, picks: Sequence[Pick], topics: Topics, schemas: Schemas
+) -> dict[int, int]:
+    """By rated partition, the offset of the last row written of an event, where all of that event's rows are there.
+
+    A transaction's rows can be read all at once, so the log shows what the sink has yet to read of an event.
+    """
+    chosen = [[pick.event_month for pick in picks], [pick.identity for pick in picks]]
+    behind = dict(connection.execute(_POSITIONS, [topics.rated]).fetchall())
+    last = dict(connection.execute(_LAST_WRITTEN, chosen).fetchall())
+    asked: dict[Place, int] = {
+        (topics.rated, partition): offset + 1
+        for partition, offset in last.items()
+        if behind.get(partition, 0) <= offset + 1
+    }
+    try:
+        following = {place_of(message): message.value() for message in peek(settings, asked, most=1)}
+    except (KafkaException, TimeoutError) as error:
+        raise CorrectionError(f"Kafka does not tell whether all rows of the events are written: {error}") from error
+    identities = {pick.identity for pick in picks}
+    return {
+        partition: offset - 1
+        for (topic, partition), offset in asked.items()
+        if _identity(following.get((topic, partition)), schemas) not in identities
+    }
+
+
+def _identity(row: bytes | None, schemas: Schemas) -> UUID | None:
+    """The event of a rated row; None where there is none."""
+    try:
+        return None if row is None else UUID(bytes=schemas.decode(row, RATED)["identity"])
+    except WireError:
+        return None
+
+
+def _problem(
+    pick: Pick, rows: Sequence[_Row], waiting: int | None, behind: Mapping[int, int], whole: Mapping[int, int]
+) -> str | None:
     """Why the event cannot be corrected now; None when it can."""
     if not rows:
         return "is not billed: nothing to correct"
+    partition, last = max((row["rated_partition"], row["rated_offset"]) for row in rows)
+    if behind.get(partition, 0) <= last + 1 and whole.get(partition) != last:
+        return "is just being written, and not all of its rows are there: try again in a moment"
     if waiting is not None:
         return f"is being corrected by correction {waiting}, which is on its way: wait for it, or `tally usage resume`"
     if rows[0]["kind"] == "void":

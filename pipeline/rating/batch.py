@@ -16,7 +16,7 @@ from pipeline.infra.avro import Schemas
 from pipeline.infra.wire import text, zigzag
 from pipeline.rating import compiled
 from pipeline.rating.accept import accept
-from pipeline.rating.correct import Corrected, CorrectionRecord, Repeated, Surroundings, correct
+from pipeline.rating.correct import Corrected, CorrectionRecord, Declined, Repeated, Surroundings, correct, may_wait
 from pipeline.rating.dedupe import dedupe, identities, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
@@ -87,6 +87,8 @@ class Outcome:
     parked: list[Refused] = field(default_factory=list)
     #: Corrections that were applied, as events of an identity of their own.
     corrected: list[Event] = field(default_factory=list)
+    #: Corrections that were judged and refused, as such events; their records are among the dead.
+    declined: list[Event] = field(default_factory=list)
     dead: list[Refused] = field(default_factory=list)
     #: Parked records whose time has not come, and corrections the catalog is not read for: written back unchanged.
     waiting: list[ParkedRecord | CorrectionRecord] = field(default_factory=list)
@@ -95,9 +97,14 @@ class Outcome:
     latest_event_us: int | None = None
 
     @property
+    def used_up(self) -> list[Event]:
+        """Whose identities this batch used up."""
+        return self.rated + self.corrected + self.declined
+
+    @property
     def seen(self) -> dict[bytes, bytes]:
         """Identities that this batch used up, with their payloads."""
-        return {event.identity: event.payload for event in (*self.rated, *self.corrected)}
+        return {event.identity: event.payload for event in self.used_up}
 
     @property
     def records(self) -> int:
@@ -203,8 +210,9 @@ def process_one_by_one(batch: Batch, state: State, view: TermsView, shape: Shape
         whole.dead += part.dead
         whole.waiting += part.waiting
         whole.corrected += part.corrected
+        whole.declined += part.declined
         whole.totals.update(part.totals)
-        overlay.remember(part.rated + part.corrected)
+        overlay.remember(part.used_up)
         for block, bits in part.sequences.items():
             whole.sequences[block] = whole.sequences.get(block, 0) | bits
         if part.latest_event_us is not None:
@@ -222,13 +230,23 @@ def _apply(record: CorrectionRecord, overlay: Overlay, around: Surroundings, out
             overlay.remember([event])
         case Repeated(event):
             outcome.repeats.append(event)
+        case Declined(refused, event):
+            outcome.dead.append(refused)
+            outcome.declined.append(event)
+            overlay.remember([event])
         case Refused() as refused:
             outcome.dead.append(refused)
 
 
 def any_due(batch: Batch, view: TermsView, shape: Shape) -> bool:
-    """Is there a parked record in the batch whose time has come?"""
-    return any(not isinstance(record, ParkedRecord) or _due(record, batch, view, shape) for record in batch.records)
+    """Is there a parked record in the batch whose time has come, or a correction the catalog is read for?"""
+    for record in batch.records:
+        if isinstance(record, CorrectionRecord):
+            if record.said.catalog_offset <= view.offset:
+                return True
+        elif not isinstance(record, ParkedRecord) or _due(record, batch, view, shape):
+            return True
+    return False
 
 
 def backoff_ms(attempts: int) -> int:
@@ -258,7 +276,12 @@ def _split_due(
     for record in batch.records:
         if isinstance(record, CorrectionRecord):
             # A worker that has read less of the catalog would not price it as its event was.
-            (corrections if record.said.catalog_offset <= view.offset else waiting).append(record)
+            if record.said.catalog_offset <= view.offset:
+                corrections.append(record)
+            elif may_wait(record):
+                waiting.append(record)
+            else:
+                foreign.append(Refused(record, _NO_SUCH_CATALOG))
         elif not isinstance(record, ParkedRecord) or record.topic != shape.origin_topic:
             foreign.append(Refused(record, _FOREIGN))
         elif _due(record, batch, view, shape):
@@ -287,6 +310,12 @@ def _due(record: ParkedRecord, batch: Batch, view: TermsView, shape: Shape) -> b
     )
 
 
+_NO_SUCH_CATALOG = Rejection(
+    Stage.ACCEPT,
+    Reason.WRONG_SHAPE,
+    "expected a correction of an event that was rated by a catalog published before it was decided, got one of a "
+    "catalog that nobody published since: no command decided it so",
+)
 _FOREIGN = Rejection(Stage.ACCEPT, Reason.UNDECODABLE, "expected a parked event or a correction, got other bytes")
 
 

@@ -16,11 +16,12 @@ PostgreSQL takes a row of one entry number once.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
 from pipeline.core.aggregation import is_additive
+from pipeline.core.catalog import Terms
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import Charge, Price, compile_price
 from pipeline.core.corrections import Correction, HeldRow, priced_as, terms_record
@@ -32,7 +33,16 @@ from pipeline.infra.avro import EVENTS, RATED, Schemas
 from pipeline.infra.wire import subject_of, zigzag
 from pipeline.rating.accept import accept
 from pipeline.rating.enrich import TermsView, counter_of, enrich
-from pipeline.rating.rate import Quantities, RowContext, rate
+from pipeline.rating.rate import FITS, Quantities, RowContext, rate
+
+#: How long a correction waits in hand for the catalog before it is written back.
+_WRITE_BACK_MS = 1_000
+#: Longest it waits in all, from its decision. A worker's catalog is half a minute old at most; clocks drift.
+_WAIT_MS = 10 * 60 * 1000
+#: How far the clock of who decided may be ahead of the broker's.
+_AHEAD_MS = 5 * 60 * 1000
+#: Bytes of all rows of one correction: each holds its event, so a small message could ask for any amount of memory.
+_ROWS_BYTES_MAX = 8 * 1024 * 1024
 
 
 class CorrectionRecord(NamedTuple):
@@ -43,6 +53,11 @@ class CorrectionRecord(NamedTuple):
     key: bytes | None
     value: bytes
     said: Correction
+
+    @property
+    def not_before_ms(self) -> int:
+        """When it is written back, should the catalog not be read for it until then."""
+        return self.timestamp + _WRITE_BACK_MS
 
     @property
     def letter(self) -> bytes:
@@ -80,20 +95,36 @@ class Corrected(NamedTuple):
 
 
 class Repeated(NamedTuple):
-    """The very correction was applied before."""
+    """The very correction was judged before."""
 
     event: Event
 
 
-def correct(record: CorrectionRecord, state: State, around: Surroundings) -> Corrected | Repeated | Refused:
+class Declined(NamedTuple):
+    """A correction judged and refused, and its identity, to be remembered.
+
+    A second copy of it may come after prices changed, and after the person decided anew: then both would be applied.
+    """
+
+    refused: Refused
+    event: Event
+
+
+def may_wait(record: CorrectionRecord) -> bool:
+    """May the catalog it needs still be on its way to this worker? It was published before it was decided."""
+    decided_ms = record.said.decided_at_us // 1000
+    return -_AHEAD_MS <= record.timestamp - decided_ms <= _WAIT_MS
+
+
+def correct(record: CorrectionRecord, state: State, around: Surroundings) -> Corrected | Repeated | Declined | Refused:
     """Apply one correction, all of it or nothing; ``state`` is only read.
 
     1. Read the event it is about: it must be whole, and of this partition.
-    2. Was it applied before? Then nothing; another one of its entry number is refused.
+    2. Was it judged before? Then nothing; another one of its entry number is refused.
     3. Take every row back that the event holds.
     4. Rate the replacement, at the terms that hold at its time now.
 
-    Refused means dead-lettered: a correction does not park, a person decided it and is there to look.
+    Refused and declined mean dead-lettered: a correction does not park, a person decided it and is there to look.
     """
     said = record.said
     # Step 1.
@@ -110,13 +141,22 @@ def correct(record: CorrectionRecord, state: State, around: Surroundings) -> Cor
             return Repeated(as_event)
         return _refused(record, _CONFLICT, event)
     # Step 3.
+    if len(said.rows) * len(said.event) > _ROWS_BYTES_MAX:
+        return Declined(_refused(record, _TOO_MANY_ROWS, event), as_event)
     totals: dict[bytes, int] = {}
-    rows = [_taken_back(row, event, said, state, totals, around) for row in said.rows]
+    rows = []
+    terms = around.view.catalog.terms(event.account.decode(), event.event_type.decode(), event.timestamp_us)
+    shared = _head(event, said, around)
+    for held in said.rows:
+        row = _taken_back(held, event, None if isinstance(terms, Rejection) else terms, state, totals)
+        if isinstance(row, Rejection):
+            return Declined(_refused(record, row, event), as_event)
+        rows.append(around.schemas.encode(RATED, shared | row))
     if said.replacement is not None:
         # Step 4.
         replaced = _replaced(said, event, record, _Moved(state, totals), totals, around)
         if isinstance(replaced, Refused):
-            return replaced
+            return Declined(replaced, as_event)
         rows += replaced
     return Corrected([(event.account, row) for row in rows], totals, as_event)
 
@@ -184,49 +224,64 @@ _CONFLICT = Rejection(
     Reason.CONFLICTING_DUPLICATE,
     "another correction of this event has the same entry number: look at `tally usage list`, and decide anew",
 )
+_TOO_MANY_ROWS = Rejection(
+    Stage.ACCEPT,
+    Reason.MESSAGE_TOO_LARGE,
+    f"expected rows that take at most {_ROWS_BYTES_MAX} bytes with the event in each",
+)
+_TOO_LARGE = Rejection(
+    Stage.RATE, Reason.QUANTITY_TOO_LARGE, "expected a running quantity and a price of at most 38 digits after it"
+)
 
 
 # -- step 3
 
 
+def _head(event: Event, said: Correction, around: Surroundings) -> dict[str, Any]:
+    """What all rows of kind void of a correction share."""
+    return {
+        "event": around.schemas.decode(said.event, EVENTS),
+        "origin_topic": said.origin_topic,
+        "origin_partition": said.origin_partition,
+        "origin_offset": said.origin_offset,
+        "origin_appended_at": to_datetime(said.origin_appended_ms * 1000),
+        "identity": event.identity,
+        "catalog_offset": around.view.offset,
+        "entry": said.entry,
+        "kind": "void",
+    }
+
+
 def _taken_back(
-    row: HeldRow, event: Event, said: Correction, state: Quantities, totals: dict[bytes, int], around: Surroundings
-) -> bytes:
-    """The row of kind void for one held row; moves its counter in ``totals``."""
+    row: HeldRow, event: Event, terms: Terms | None, state: Quantities, totals: dict[bytes, int]
+) -> dict[str, Any] | Rejection:
+    """What the row of kind void for one held row has of its own; moves its counter in ``totals``.
+
+    ``terms`` hold at the event's time now; None where none do.
+    """
     moved = _Moved(state, totals)
-    terms = around.view.catalog.terms(event.account.decode(), event.event_type.decode(), event.timestamp_us)
-    found = None if isinstance(terms, Rejection) else priced_as(row, terms)
+    found = None if terms is None else priced_as(row, terms)
     counter = _counter(row, event, moved)
     before = after = 0 if counter is None else moved.quantity(counter) or 0
     amount = -row.amount
     if row.price_class != "period" if found is None else is_additive(found[1]):
         after = before - row.quantity  # of a maximum no one event can be taken
-        if counter is not None:
-            totals[counter] = after
     if row.price_class == "running" and found is not None and counter is not None:
         price = _price(found[0], row.cell)
         now, then = price(after), price(before)
         if now is not None and then is not None:
             amount = now - then
-    return around.schemas.encode(
-        RATED,
-        {
-            "event": around.schemas.decode(said.event, EVENTS),
-            "origin_topic": said.origin_topic,
-            "origin_partition": said.origin_partition,
-            "origin_offset": said.origin_offset,
-            "origin_appended_at": to_datetime(said.origin_appended_ms * 1000),
-            "identity": event.identity,
-            "catalog_offset": around.view.offset,
-            **terms_record(row),
-            "entry": said.entry,
-            "kind": "void",
-            "quantity": quantity_decimal(-row.quantity),
-            "quantity_before": quantity_decimal(before),
-            "quantity_after": quantity_decimal(after),
-            "amount": amount_decimal(amount),
-        },
-    )
+    if not (-FITS < after < FITS and -FITS < amount < FITS):
+        return _TOO_LARGE
+    if counter is not None and after != before:
+        totals[counter] = after
+    return {
+        **terms_record(row),
+        "quantity": quantity_decimal(-row.quantity),
+        "quantity_before": quantity_decimal(before),
+        "quantity_after": quantity_decimal(after),
+        "amount": amount_decimal(amount),
+    }
 
 
 def _counter(row: HeldRow, event: Event, state: Quantities) -> bytes | None:

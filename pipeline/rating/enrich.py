@@ -23,8 +23,10 @@ from pipeline.rating.rules import PoolCounter, Rule, compile_counter_price, comp
 #: Symbols of the row's enums.
 _CLASSES: dict[ChargeClass, bytes] = {"running": zigzag(0), "per_event": zigzag(1), "period": zigzag(2)}
 _USAGE = zigzag(0)
-#: Cells of split charges that a view remembers, about 1 KB each; beyond them it forgets all terms and begins anew.
-_CELLS_MAX = 100_000
+#: What cells of split charges may take of a view's memory; beyond it the view forgets all terms and begins anew.
+_CELLS_BYTES_MAX = 100 * 1024 * 1024
+#: A cell without the names it is found by, bytes.
+_CELL_BYTES = 1024
 #: Longer subjects stand in the names of counters by their hash.
 _SUBJECT_BYTES_MAX = 128
 
@@ -129,7 +131,7 @@ class TermsView:
         # Accounts on one plan share what was compiled of it.
         self._measures: dict[Meter, Measure] = {}
         self._prices: dict[tuple[Charge, tuple[str, ...]], Price] = {}
-        self._cells = 0
+        self._cells_bytes = 0
 
     def find(self, account: bytes, event_type: bytes, at_us: int) -> RatingTerms | Rejection:
         spans = self.spans.get((account, event_type))
@@ -158,8 +160,8 @@ class TermsView:
             cell = cell_text(values)
             if len(cell.encode()) > CELL_BYTES_MAX:
                 return _too_long(charge)
-            if charge.split:
-                self._met_a_cell()
+            if charge.split:  # a subject may be as long as an event
+                self._met_a_cell(_CELL_BYTES + len(cell) + len(subject or b""))
             contract = segment.contract
             counter = counter_of(contract.account, contract.id, charge.id, segment.start_us, cell, subject)
             constant = _constant(segment, charge, meter, price_class, cell)
@@ -190,10 +192,10 @@ class TermsView:
             known = self._prices[charge, cell] = compile_counter_price(charge, cell)
         return known
 
-    def _met_a_cell(self) -> None:
-        self._cells += 1
-        if self._cells > _CELLS_MAX:
-            self._cells = 0
+    def _met_a_cell(self, size: int) -> None:
+        self._cells_bytes += size
+        if self._cells_bytes > _CELLS_BYTES_MAX:
+            self._cells_bytes = 0
             self.spans.clear()
             self._prices.clear()
 

@@ -382,6 +382,8 @@ cdef inline Py_ssize_t _put_decimal(object value, uint8_t* out) except -1:
     cdef bytes big
     if overflow:
         big = decimal(value)
+        if PyBytes_GET_SIZE(big) > DECIMAL_BYTES_MAX:
+            raise OverflowError("a number of the rated row has more digits than it holds")
         memcpy(out, PyBytes_AS_STRING(big), PyBytes_GET_SIZE(big))
         return PyBytes_GET_SIZE(big)
     bits = <uint64_t>(n if n >= 0 else ~n)
@@ -565,6 +567,9 @@ def rate_plain(
                     cost, before_bytes = memo[1], memo[2]
                 else:
                     cost, before_bytes = price(before), decimal(before)
+                    if cost is not None and not -fits < cost < fits:
+                        plain = False
+                        break
                 after = before + quantity
                 after_cost = (<PlainLines>price).of(after) if type(price) is PlainLines else price(after)
                 if cost is None or after_cost is None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,7 @@ def _could_be_written(letter: Letter) -> bool:
 _INT_MAX = 2**31 - 1
 #: Years in which every time zone can count, as in the catalog.
 _YEAR_FIRST, _YEAR_LAST = 1970, 9998
+_TIMESTAMP_MAX_MS = to_micros(datetime(_YEAR_LAST, 1, 1, tzinfo=UTC)) // 1000
 
 
 def _now_ms() -> int:
@@ -385,5 +387,7 @@ def _correction(record: Record, schemas: Schemas) -> Record:
     try:
         said = Correction.from_record(schemas.decode(record.value, CORRECTIONS))
     except (WireError, ValueError):
+        return record
+    if not 0 <= record.timestamp <= _TIMESTAMP_MAX_MS:  # its producer's word, and what it is remembered by
         return record
     return CorrectionRecord(record.offset, record.timestamp, record.key, record.value or b"", said)

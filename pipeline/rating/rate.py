@@ -14,7 +14,7 @@ from pipeline.rating.enrich import Priced, Pricing, RatingTerms, Ruled, Split
 from pipeline.rating.rules import BEYOND_LAST_TIER, Step
 
 #: decimal(38, …) of the rated row: one digit more does not fit.
-_FITS = 10**38
+FITS = 10**38
 
 
 class Quantities(Protocol):
@@ -69,7 +69,7 @@ def rate(
     while True:
         if fastpath is not None:
             at = fastpath.rate_plain(
-                known, at, totals, state.quantity, frames, origin, catalog_offset, _FITS, _KINDS, rows, events
+                known, at, totals, state.quantity, frames, origin, catalog_offset, FITS, _KINDS, rows, events
             )
         if at == end:
             break
@@ -90,7 +90,7 @@ def rate(
                 if isinstance(step, Rejection):
                     rejection = step
                     break
-                if not (-_FITS < step.after < _FITS and -_FITS < step.amount < _FITS):
+                if not (-FITS < step.after < FITS and -FITS < step.amount < FITS):
                     rejection = _overflow(step.after)
                     break
                 moved.update(step.totals)
@@ -113,13 +113,13 @@ def rate(
                 if cost is None or after_cost is None:
                     rejection = BEYOND_LAST_TIER
                     break
-                if not (-_FITS < after < _FITS and -_FITS < after_cost < _FITS):
+                amount = after_cost - cost  # the cost before too may be a larger one now: of a price published since
+                if not (-FITS < after < FITS and -FITS < after_cost < FITS and -FITS < amount < FITS):
                     rejection = _overflow(after)
                     break
                 after_bytes = decimal(after)
                 priced.memo = (after, after_cost, after_bytes)
                 moved[counter] = after
-                amount = after_cost - cost
             if not head:
                 value = record.value
                 assert value is not None

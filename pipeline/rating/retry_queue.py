@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from pipeline.core.usage import ParkedRecord
 from pipeline.rating.batch import Batch
+from pipeline.rating.correct import CorrectionRecord
 
 #: Parked records are written back at most at this pace, milliseconds a record, however their due times are spread.
 _WRITE_BACK_MS = 5
@@ -35,7 +36,8 @@ class RetryQueue:
         if held is not None:
             records = [*held.records, *more.records]
             more = replace(more, first_offset=held.first_offset, now_ms=held.now_ms, records=records)
-        due_ms = min((r.not_before_ms if isinstance(r, ParkedRecord) else 0 for r in more.records), default=0)
+        kept = (ParkedRecord, CorrectionRecord)
+        due_ms = min((r.not_before_ms if isinstance(r, kept) else 0 for r in more.records), default=0)
         # All of them are written again when the first is due: many at once, seldom.
         self._until_ms = max(due_ms, self._handed_out_ms + len(more.records) * _WRITE_BACK_MS)
         if behind:

@@ -197,6 +197,11 @@ CREATE TRIGGER budget_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON billing
 CREATE TRIGGER alert_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON billing.alert
     FOR EACH STATEMENT EXECUTE FUNCTION billing.refuse_change();
 
+-- The worker that keeps balances asks every second for lines with new usage, which may be a few of millions. By ranges of
+-- pages: an index of every line would be written with every batch of the sink, and so would all others of the table.
+CREATE INDEX invoice_line_updated ON billing.invoice_line
+    USING brin (updated_at) WITH (pages_per_range = 8, autosummarize = on);
+
 -- What counts ------------------------------------------------------------------------------------------------------------
 
 CREATE VIEW billing.credit_request_state AS

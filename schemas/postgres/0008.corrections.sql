@@ -93,9 +93,12 @@ SELECT correction.*, CASE
         WHERE (unrated.idempotency_key, unrated.account) = (correction.idempotency_key, correction.account)
             AND unrated.state = 'dead_lettered' AND unrated.value = correction.message
     ) THEN 'refused'
+    -- For no other reason: while the period is open a repeat of the event's own rows says nothing of the correction, and
+    -- who took it for settled could decide a second one.
     WHEN EXISTS (
         SELECT FROM billing.quarantine
         WHERE quarantine.identity = correction.identity AND quarantine.at >= correction.decided_at
+            AND quarantine.reason = 'period_closed'
     ) THEN 'quarantined'
     WHEN EXISTS (SELECT FROM billing.correction_outbox AS outbox WHERE outbox.number = correction.number) THEN 'unsent'
     ELSE 'sent'

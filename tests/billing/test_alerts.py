@@ -204,6 +204,17 @@ def test_an_alert_sent_and_not_marked_is_not_sent_again(settings: Settings) -> N
     assert query(settings, "SELECT count(*) FROM billing.alert_outbox WHERE relayed_at IS NULL") == [(0,)]
 
 
+def test_an_account_that_takes_long_rests_so_that_others_are_looked_at() -> None:
+    """The rows of one with a grant that begins amid ten million events take seconds to sum, after each batch anew."""
+    turns = alerts.Turns()
+    turns.took("light", 0.01, now=100.0)
+    turns.took("heavy", 3.0, now=100.0)
+    turns.took("heaviest", 60.0, now=100.0)
+    assert turns.resting(100.0) == ["heavy", "heaviest"]
+    assert turns.resting(160.5) == ["heaviest"]  # a twentieth of the time
+    assert turns.resting(340.5) == []  # while its last usage is still among what is looked at
+
+
 def test_an_estimate_is_what_events_draw_one_by_one(settings: Settings) -> None:
     """Grants that begin and end among the events, for discounts and for payments."""
     open_for_business(settings, charge("input"), charge("output"))
@@ -224,6 +235,7 @@ def test_an_estimate_is_what_events_draw_one_by_one(settings: Settings) -> None:
         wait_until(usage.billed, "the usage", sink)
     with connect(settings.dsn, application="test", autocommit=True) as connection:
         assert stale(connection, within=None, limit=10) == ["acct"]
+        assert stale(connection, within=None, limit=10, but=["acct"]) == []
         alerts.update_now(connection, "acct")
         assert stale(connection, within=None, limit=10) == []
     owed = [

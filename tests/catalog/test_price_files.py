@@ -1,5 +1,6 @@
 """Price files and account files: what they mean, and every mistake with its line."""
 
+import time
 from decimal import Decimal
 from pathlib import Path
 from textwrap import dedent
@@ -479,7 +480,7 @@ CHARGES = {
     "a cell twice": (
         "meter: by-model, model: matrix, unit_price: 1, by: [model], cells: "
         "[{when: {model: a}, unit_price: 2}, {when: {model: a}, unit_price: 3}]",
-        "10: {c}: expected each cell once",
+        "10: {c}.cells[#2].when: expected each cell once",
     ),
     "a maximum below the minimum": (
         "meter: tokens, model: per_unit, unit_price: 1, minimum: 10, maximum: 9",
@@ -706,6 +707,94 @@ def test_a_mistake_in_a_price_file(tmp_path: Path, text: str, expected: list[str
         assert line.startswith(beginning)
 
 
+PLAN_WITH = "plans:\n  - {{id: p, name: P, currency: {currency}, charges: [{charges}], pools: [{pools}]}}\n"
+#: Where a mistake stands beside another that used to hide it.
+BESIDE = {
+    "a plan's header and its price list": (
+        PLAN_WITH.format(currency="XXX", charges="{id: c, meter: tokens, model: per_unit, unit_price: 1}", pools="")
+        + "price_lists:\n  - {id: l, name: L, plan: p, currency: USD, charges: [{id: d, unit_price: 1}]}\n",
+        ["plans[p].currency: expected a currency", "price_lists[l].charges[d].id: expected a charge of plan 'p'"],
+    ),
+    "a price list's header and its charges": (
+        PLAN_WITH.format(currency="USD", charges="{id: c, meter: tokens, model: per_unit, unit_price: 1}", pools="")
+        + "price_lists:\n"
+        "  - {id: l, name: L, plan: p, currency: dollar, charges: [{id: c, unit_prise: 1}], pools: [{}]}\n",
+        [
+            "price_lists[l].charges[c].unit_prise: unknown key",
+            "price_lists[l].currency: expected a currency",
+            "price_lists[l].pools[#1].id: expected a value",
+            "price_lists[l].pools[#1].included: expected a value",
+        ],
+    ),
+    "a charge, and what only refers to it": (
+        PLAN_WITH.format(
+            currency="USD",
+            charges="{id: c, meter: tokens, model: per_unit, unit_price: x}",
+            pools="{id: a, unit: token, included: 1, charges: [c]}",
+        )
+        + "price_lists:\n  - {id: l, name: L, plan: p, currency: USD, charges: [{id: c, unit_price: 1}]}\n",
+        ["plans[p].charges[c].unit_price: expected a number"],
+    ),
+    "two pools": (
+        PLAN_WITH.format(
+            currency="USD",
+            charges="{id: c, meter: tokens, model: per_unit, unit_price: 1}",
+            pools="{id: a, unit: call, included: -1, charges: [c]}, {id: b, unit: token, included: 1, charges: [c, d]}",
+        ),
+        [
+            "plans[p].pools[a].charges: expected charges per call, got 'c' per token",
+            "plans[p].pools[a].included: expected a number",
+            "plans[p].pools[b].charges: expected charges of no other pool, got 'c', which draws from 'a'",
+            "plans[p].pools[b].charges: expected charges of plan 'p', got 'd'",
+        ],
+    ),
+    "several of one charge": (
+        PLAN_WITH.format(
+            currency="USD",
+            charges="{id: c, meter: tokens, model: package, package_size: 1, package_price: -1, by: [planet]}, "
+            "{id: d, meter: tokens, model: per_unit, unit_price: 1, per_level: true, minimum: 2, maximum: 1}",
+            pools="",
+        ),
+        [
+            "plans[p].charges[c].by: expected dimensions of meter 'tokens'",
+            "plans[p].charges[c].package_price: expected a number",
+            "plans[p].charges[d]: expected a maximum of at least the minimum 2",
+            "plans[p].charges[d]: expected a time-weighted meter",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), BESIDE.values(), ids=BESIDE)
+def test_one_mistake_hides_no_other(tmp_path: Path, text: str, expected: list[str]) -> None:
+    found = findings(prices(tmp_path, METERS + text))
+    assert [one.split(": ", 1)[1][: len(want)] for one, want in zip(found, expected, strict=True)] == expected
+
+
+def test_an_override_of_tiers_keeps_what_lies_beyond_unless_it_says_otherwise(tmp_path: Path) -> None:
+    charge = "{id: c, meter: tokens, model: graduated, beyond: park, tiers: [{up_to: 10, unit_price: 1}]}"
+    overrides = "[{id: c, tiers: [{up_to: 20, unit_price: 1}]}]", "[{id: c, beyond: null, tiers: [{unit_price: 1}]}]"
+    for changes in overrides:
+        price_list = f"price_lists:\n  - {{id: l, name: L, plan: p, currency: USD, charges: {changes}}}\n"
+        text = METERS + PLAN_WITH.format(currency="USD", charges=charge, pools="") + price_list
+        assert findings(prices(tmp_path, text)) == []
+
+
+def test_a_thousand_plans_are_read_in_two_seconds(tmp_path: Path) -> None:
+    tiers = "tiers: [{up_to: 10, unit_price: 1}, {up_to: 100, unit_price: 0.5}, {unit_price: 0.1}]"
+    charges = ", ".join(f"{{id: c{n}, meter: tokens, model: graduated, {tiers}}}" for n in range(5))
+    plans = "".join(f"  - {{id: p{n}, name: P, currency: USD, charges: [{charges}]}}\n" for n in range(1000))
+    before = time.process_time()
+    drafts = prices(tmp_path, f"{METERS}plans:\n{plans}")
+    assert time.process_time() - before < 2
+    assert (len(drafts.plans), findings(drafts)) == (1000, [])
+
+
+def test_a_file_too_deep_to_be_one(tmp_path: Path) -> None:
+    found = findings(prices(tmp_path, "plans: " + "[" * 3000 + "]" * 3000))
+    assert any("expected at most 30 levels, got one more" in one for one in found)
+
+
 def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     file = tmp_path / "prices.yaml"
     file.write_bytes(b"meters: \xff\xfe\n")
@@ -753,6 +842,22 @@ def test_an_account_file(tmp_path: Path) -> None:
         Contract("acme-main", 0, "acme", "standard", parse_instant("2026-03-01T05:00:00Z"), change),
         Contract("acme-2", 0, "acme", "plus", change, None),
     ]
+
+
+def test_dates_of_an_account_are_days_of_its_time_zone(tmp_path: Path) -> None:
+    """So that what changes on the first of a month changes with the billing period, not an hour into it."""
+    text = """
+    accounts:
+      - id: acme
+        name: Acme
+        time_zone: Europe/Berlin
+        customer_segment: education
+        valid_from: 2026-02-01
+        contracts: [{plan: p, start: 2026-02-01}]
+    """
+    drafts = accounts(tmp_path, text)
+    (account,), (contract,) = drafts.accounts, drafts.contracts
+    assert account.valid_from_us == contract.item.start_us == parse_instant("2026-01-31T23:00:00Z")
 
 
 def test_an_account_file_with_everything(tmp_path: Path) -> None:

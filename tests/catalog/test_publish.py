@@ -133,7 +133,7 @@ def test_when_a_later_version_may_begin(settings: Settings, prices: Read) -> Non
 
     still = refusal(settings, prices(dated(dearer, now - timedelta(days=9))))
     assert still.startswith("4: plans[standard].id: expected valid_from ")
-    assert still.endswith("Z, still that of version 1, though the content changed")
+    assert "Z, still that of version 1, though the content changed" in still
     assert "(60 seconds after publishing) or later, or none" in refusal(
         settings, prices(dated(dearer, now + timedelta(seconds=30)))
     )
@@ -495,6 +495,25 @@ def test_lists_that_no_plan_can_have_together(settings: Settings, prices: Read, 
         "to have a price under price list 'cheap' and 'own': charge tokens: expected fields of a volume charge, got "
         "unit_price"
     )
+
+
+def test_nor_those_of_an_account_and_its_contract(settings: Settings, prices: Read, accounts: Read) -> None:
+    publish(settings.dsn, prices(PRICES), actor="test")
+    publish(settings.dsn, accounts(ACCOUNTS), actor="test")
+    replaced = LIST.replace("unit_price: 0.05", "model: volume, tiers: [{unit_price: 1}]")
+    own = replaced.replace("cheap", "own").replace("customer_segment: x", "account: acme")
+    publish(settings.dsn, prices(PRICES + own), actor="test")
+    vip = LIST.replace("cheap", "vip").replace(", customer_segment: x", "").replace("    customer_segment: x\n", "")
+    assert refusal(settings, prices(PRICES + vip)).endswith(
+        "to have a price under price list 'own' and 'vip': charge tokens: expected fields of a volume charge, got "
+        "unit_price"
+    )
+
+
+def test_a_pool_takes_no_charge_that_a_price_list_made_one_of_single_events(settings: Settings, prices: Read) -> None:
+    publish(settings.dsn, prices(PRICES + LIST.replace("unit_price: 0.05", "model: percentage, rate: 1")), actor="test")
+    pooled = PRICES + "    pools: [{id: p, unit: token, included: 5, charges: [tokens]}]\n"
+    assert "got percentage by price list 'cheap'" in refusal(settings, prices(pooled))
 
 
 def test_a_meter_keeps_what_published_plans_need(settings: Settings, prices: Read) -> None:

@@ -78,10 +78,10 @@ def test_against_another_system_s_bills(tally: Tally, dearer: Path, tmp_path: Pa
     bills = tmp_path / "bills.csv"
     bills.write_text("account,charge,amount\nacme,calls,120\nacme,fee,5\nzed,calls,1.20\nzed,fee,5.00\n")
     command = ("plans", "backtest", dearer, "--period", "2026-10", "--against", bills)
-    assert tally(*command).stdout == "4 lines are equal, 0 are not.\n"
+    assert tally(*command).stdout == "4 of 4 lines are equal.\n"
     bills.write_text("account,charge,amount\nacme,calls,100\nacme,fee,5\nzed,calls,1.20\n")
     shown = tally(*command, code=4).stdout
-    assert "2 lines are equal, 2 are not." in shown
+    assert "2 of 4 lines are equal." in shown
     assert "differs" in shown and "only here" in shown
     data = tally.json(*command, code=4)
     assert (data["equal"], data["different"]) == (2, 2)
@@ -109,3 +109,7 @@ def test_nothing_moves_and_what_is_wrong(tally: Tally, dearer: Path, tmp_path: P
     bills.write_text("account,amount\nacme,much\n")
     refused = tally("plans", "backtest", dearer, "--period", "2026-10", "--against", bills, code=4).stderr
     assert f"{bills}:2: expected a number" in refused
+
+
+def test_a_month_without_usage_says_so(tally: Tally, dearer: Path) -> None:
+    assert "Nothing was used or owed in 2025-09." in tally("plans", "backtest", dearer, "--period", "2025-09").stdout

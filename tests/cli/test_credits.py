@@ -93,3 +93,42 @@ def test_commitments_overdrafts_and_budgets(tally: Here) -> None:
     assert "may overdraw 50 USD; its services stop then" in stops
     assert "has a budget of 200 in USD" in tally("credits", "budget", "acct-02", "200", "USD")
     assert "has no budget in USD" in tally("credits", "budget", "acct-02", "none", "USD")
+
+
+def test_what_no_contract_could_meet_is_refused(tally: Here, settings: Settings) -> None:
+    with connect(settings.dsn, application="test") as connection:
+        connection.execute(
+            """INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by)
+            VALUES ('plan', 'p', 1, '1970-01-01Z', '{"currency": "USD", "charges": [{"id": "tokens"}]}', 'test'),
+                ('plan', 'q', 1, '1970-01-01Z', '{"currency": "USD", "charges": [{"id": "seats"}]}', 'test'),
+                ('contract', 'c', 1, '1970-01-01Z',
+                '{"account": "acct-02", "plan": "p", "later_phases": [{"plan": "q"}]}', 'test')"""
+        )
+    grant = ("credits", "grant", "acct-02", "5")
+    said = tally(*grant, "EUR", "--reason", "purchase", *SINCE, code=2)
+    assert "expected USD, the currency of acct-02's contracts, got EUR" in said
+    said = tally(*grant, "USD", "--reason", "purchase", *SINCE, "--charge", "tokns", code=2)
+    assert "got 'tokns': they have seats, tokens" in said
+    assert "got EUR" in tally("commitments", "add", "acct-02", 9, "EUR", *SINCE, code=2)
+    for charge in ("tokens", "seats"):
+        tally(*grant, "USD", "--reason", "purchase", *SINCE, "--charge", charge)
+
+
+def test_an_amount_below_0_is_no_unknown_option(tally: Here) -> None:
+    for command in (("credits", "grant"), ("commitments", "add")):
+        said = tally(*command, "acct-02", "-50", "USD", *SINCE, "--reason", "purchase", code=2)
+        assert "expected an amount of 0 or more, got -50" in " ".join(said.split())
+
+
+def test_the_second_person_sees_what_is_asked_for(tally: Here) -> None:
+    tally("credits", "grant", "acct-02", "50.00", "USD", "--reason", "purchase", *SINCE)
+    tally("commitments", "add", "acct-02", 1000, "USD", *SINCE, "--per", "year")
+    asked = [(one["amount"], one["unit"], one["kind"]) for one in tally.json("credits", "list", "--open")]
+    assert asked == [("50", "USD", "prepaid"), ("1000", "USD", "per year")]
+    assert "grant of 50 USD prepaid, account acct-02" in tally("credits", "approve", 1, "--by", "grace")
+    assert "an end of 1, 50 USD prepaid" in tally("credits", "void", 1, "--reason", "refunded")
+
+
+def test_balances_of_nobody_are_not_found(tally: Here) -> None:
+    for command in (("credits", "balance"), ("credits", "list"), ("commitments", "list")):
+        assert "expected an account of the catalog, got 'acct-99'" in tally(*command, "acct-99", code=3)

@@ -178,12 +178,45 @@ def test_a_price_manager_s_session(tally: Tally, tmp_path: Path) -> None:
     assert (decided["state"], decided["proposed_by"], decided["decision"]["decided_by"]) == ("approved", "ada", "bob")
 
     back = tally("plans", "rollback", "llm-standard", "--reason", "too dear").stdout
-    assert "  charge output-tokens: unit price 0.00003 → 0.000015 (-50 %)" in back.splitlines()
+    assert back.splitlines()[1:] == [
+        "plan llm-standard: version 2 changes",
+        "  charge output-tokens: unit price 0.00003 → 0.000015 (-50 %)",
+        "  counts from 60 seconds after approval",
+        "  inside a month: tiers, their flat fees and included units count anew from then on",
+    ]
     tally("plans", "approve", 2, "--by", "bob", "--wait", 0)
     history = tally("plans", "show", "llm-standard").stdout
     assert history.count("ada, approved by bob") == 2 and "output tokens cost more" in history
     newest = tally.json("plans", "show", "llm-standard")
     assert (newest["version"], newest["charges"][1]["unit_price"]) == (3, "0.000015")
+
+
+@pytest.mark.parametrize(
+    ("begins", "inside"),
+    [
+        ("2999-01-01T00:00:00Z", False),
+        ("2998-12-31T10:00:00Z", False),  # the year begins in Kiritimati
+        ("2998-12-31T09:59:59Z", True),
+        ("2999-01-01T12:00:00Z", False),  # and on Baker Island
+        ("2999-01-01T12:00:01Z", True),
+    ],
+)
+def test_a_second_person_sees_that_a_price_splits_a_month(
+    tally: Tally, tmp_path: Path, begins: str, inside: bool
+) -> None:
+    tally("plans", "publish", PRICES, "--wait", 0)
+    shown = propose(tally, edited(tmp_path, "0.000015", "0.000014"), "--reason", "x", "--valid-from", begins)
+    assert f"counts from {begins}" in shown and ("inside a month" in shown) is inside
+
+
+def test_after_a_back_dated_price_it_says_what_is_left_to_do(tally: Tally, tmp_path: Path) -> None:
+    tally("plans", "publish", PRICES, "--wait", 0)
+    dearer = edited(tmp_path, "0.000015", "0.00003")
+    refused = tally("plans", "publish", dearer, "--reason", "x", "--valid-from", "2020-01-01T00:00:00Z", code=4)
+    assert "what is to correct the past is published with --back-dated" in refused.stderr
+    propose(tally, dearer, "--reason", "x", "--valid-from", "2020-01-01T00:00:00Z", "--back-dated")
+    approved = tally("plans", "approve", 1, "--by", "bob", "--wait", 0)
+    assert "keeps its amounts until `tally rerate --period YYYY-MM`" in approved.stderr
 
 
 def test_a_proposal_as_data(tally: Tally, tmp_path: Path) -> None:

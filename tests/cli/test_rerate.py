@@ -41,7 +41,7 @@ def tally(settings: Settings, tmp_path: Path) -> Tally:
 def test_preview_book_and_explain(tally: Tally, settings: Settings) -> None:
     preview = tally("rerate", "--period", "2026-10", "--dry-run")
     assert "fee" in preview.stdout and "+9 USD" in preview.stdout
-    assert "In sum +9 USD on 1 accounts." in preview.stderr
+    assert "In sum +9 USD on 1 account." in preview.stderr
     assert query(settings, "SELECT count(*) FROM billing.close_entry") == [(0,)]
 
     asked = tally("rerate", "--period", "2026-10", "--why", "month end", code=2)
@@ -95,3 +95,16 @@ def test_what_cannot_be_done(tally: Tally) -> None:
     missing = tally("rerate", "--period", "2026-10", "--account", "x", "--dry-run", code=3)
     assert "expected an account of the catalog, got 'x'" in missing.stderr
     tally("explain", "month:x/2026-10", code=3)
+
+
+def test_a_charge_nobody_has_and_a_month_to_come_are_refused(tally: Tally) -> None:
+    unknown = tally("rerate", "--period", "2026-10", "--charge", "cals", "--dry-run", code=3)
+    assert "expected a charge of a published plan, got 'cals'" in unknown.stderr
+    to_come = tally("rerate", "--period", "2999-01", "--dry-run", code=2)
+    assert "expected a month that has begun, got 2999-01" in to_come.stderr
+
+
+def test_a_preview_of_voids_does_not_add_up_maxima(tally: Tally) -> None:
+    billed = tally.json("usage", "void", "--account", "acme", "--dry-run")["billed"]
+    quantities = {one["charge"]: one["quantity"] and Decimal(one["quantity"]) for one in billed}
+    assert quantities == {"calls": 13, "peak": None}

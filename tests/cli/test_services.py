@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka.admin import AdminClient
+
+from pipeline.cli import services
+from pipeline.cli.output import run_reporting_errors
+from pipeline.infra.settings import Settings
 
 
 @pytest.fixture
@@ -60,3 +65,32 @@ def test_taken_port_is_one_message_without_traceback(environment: dict[str, str]
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: port ") and "Traceback" not in done.stderr
+
+
+def test_workers_are_awaited_past_a_broker_that_answers_late(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that has just started may let the first questions time out: `up` asks again, for as long as it waits."""
+    asked = []
+
+    class Answer:
+        members = ("one",)
+
+        def result(self, timeout: float) -> "Answer":
+            asked.append(timeout)
+            if len(asked) < 3:
+                raise TimeoutError
+            return self
+
+    monkeypatch.setattr(AdminClient, "describe_consumer_groups", lambda _, groups: {groups[0]: Answer()})
+    services._await_members(settings, {"rater": 1})
+    assert len(asked) == 3
+
+
+def test_no_error_is_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    def silent() -> None:
+        raise TimeoutError
+
+    with pytest.raises(SystemExit):
+        run_reporting_errors(silent)
+    assert "Kafka did not answer in time" in capsys.readouterr().err

@@ -59,10 +59,26 @@ def test_a_step_off_fails(case: dict[str, Any]) -> None:
         ({"inputs": {"unit": "2"}}, "expected an input 'quantity', got none"),
         ({"inputs": {"unit": "x", "quantity": "1"}}, "cannot be priced: expected a number, got 'x'"),
         ({"inputs": {"unit": "-1", "quantity": "1"}}, "cannot be priced: charge case: expected a unit_price of 0"),
+        (
+            {"model": "unit_conversion", "inputs": {"unit": "2", "quantity": "5", "divide_by": "0"}},
+            "cannot be priced: ",
+        ),
+        ({"inputs": ["2", "5"]}, "cannot be priced: "),
+        ({"inputs": {"unit": "1e999999999", "quantity": "5"}}, "cannot be priced: "),
         ({"expected": {"surprise": "1"}}, "surprise: expected 1, got no such result"),
         ({"expected": {"tier_amounts": ["1", "2"]}}, r"tier_amounts: expected .*, got \[10\]"),
     ],
-    ids=["unknown model", "an input missing", "no number", "no price", "unknown result", "another length"],
+    ids=[
+        "unknown model",
+        "an input missing",
+        "no number",
+        "no price",
+        "a division by 0",
+        "no object",
+        "too great",
+        "unknown result",
+        "another length",
+    ],
 )
 def test_what_cannot_be_compared_fails(change: dict[str, Any], message: str) -> None:
     case = {"id": "c", "model": "per_unit", "inputs": {"unit": "2", "quantity": "5"}, "expected": {"total": "10"}}

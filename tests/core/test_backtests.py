@@ -203,7 +203,7 @@ USES = st.lists(
 CONTRACTS = st.sampled_from([contract(), contract(Phase(MIDDLE, "other"))])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     first=PLANS,
     second=st.none() | PLANS,

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core import documents
+from pipeline.core.aggregation import Opening
 from pipeline.core.catalog import Catalog, Segment, Terms
 from pipeline.core.charges import Cell, Charge, Tier
+from pipeline.core.closing import Span, closing_price
 from pipeline.core.contracts import Account, Contract, Phase
 from pipeline.core.documents import Entry, Item, from_document, kind_of, to_document
 from pipeline.core.meters import Conversion, Filter, Meter, Rounding
@@ -108,6 +110,29 @@ def test_a_new_meter_version_ends_the_terms_but_not_the_segment() -> None:
     assert before.segment == after.segment
     assert (before.priced[0][1], before.end_us) == (METER, at("2026-03-10"))
     assert (after.priced[0][1], after.start_us) == (newer, at("2026-03-10"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"aggregation": "max"},
+        {"aggregation": "latest", "level": "add"},
+        {"aggregation": "time_weighted", "time_unit": "period"},
+        {"carries_over": True},
+        {"derived_per": "total", "convert": Conversion(divide=Decimal(1000))},
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_a_meter_that_makes_its_total_in_another_way_begins_a_segment(change: dict[str, Any]) -> None:
+    """So that events of before stay what they were: a peak of the 10th does not swallow the sum of the 9th."""
+    same = replace(METER, version=2, valid_from_us=at("2026-03-05"), value="billed_tokens")
+    newer = replace(same, version=3, valid_from_us=at("2026-03-10"), **change)
+    known = catalog(ACCOUNT, CONTRACT, METER, same, newer, PLAN)
+    cuts = [segment.start_us for segment in known.segments("acct", at("2026-03-01"), at("2026-04-01"))]
+    assert cuts == [at("2026-03-01"), at("2026-03-10")]
+    later = known.segment("acct", at("2026-03-10"))
+    assert isinstance(later, Segment)
+    assert (later.start_us, later.end_us) == (at("2026-03-10"), at("2026-04-01"))
 
 
 def test_a_charge_begins_with_its_meter() -> None:
@@ -453,6 +478,29 @@ def test_a_segment_has_its_share_of_the_period(prorate: Any, pool: int, included
     assert found.charges[0].included == included * UNITS
     assert [tier.up_to for tier in found.charges[0].tiers] == [bounds[0] * UNITS, bounds[1] * UNITS, None]
     assert found.charges[1] == CHARGE
+
+
+@pytest.mark.parametrize("prorate", ["pool", "pool_and_tiers", "none"])
+def test_levels_pay_for_their_time_so_nothing_of_their_price_is_prorated(prorate: Any) -> None:
+    """100 seats, 31 of them free, all month: 69 x 2.00, however the month is cut."""
+    seats = replace(
+        METER, id="seats", event_type="seats", aggregation="time_weighted", time_unit="period", carries_over=True
+    )
+    plan = replace(PLAN, charges=(replace(TIERED, meter="seats", per_level=True),), prorate=prorate)
+    upgraded = replace(plan, version=2, valid_from_us=at("2026-03-08"))
+    known = catalog(ACCOUNT, CONTRACT, seats, plan, upgraded)
+    amounts = [
+        closing_price(
+            segment.charges[0],
+            seats,
+            [],
+            Span(segment.start_us, segment.end_us, segment.period),
+            opening=Opening(100 * UNITS),
+        ).amount
+        for segment in known.segments("acct", at("2026-03-01"), at("2026-04-01"))
+    ]
+    assert len(amounts) == 2
+    assert sum(amounts) == 138 * 10**12
 
 
 @given(

@@ -17,6 +17,7 @@ from pipeline.core.charges import (
     Charge,
     Tier,
     charge_class,
+    charge_faults,
     check_charge,
     check_metering,
     compile_price,
@@ -235,6 +236,10 @@ BROKEN = {
     "a package without price": (replace(PACKAGE, package_price=None), "package_price of 0 or more"),
     "packages below zero": (replace(PACKAGE, min_packages=-1), "min_packages of 0 or more"),
     "a block of nothing": (replace(BLOCK, package_size=None), "package_size above 0"),
+    "a tier shorter than a block": (
+        replace(BLOCK, package_size=q("10"), tiers=tiers(("5", "1", "0"), ("8", "1", "0"), (None, "1", "0"))),
+        r"a block at least in each tier, got bounds \['5', '8'\] with blocks of 10",
+    ),
     "blocks with exclusive bounds": (replace(BLOCK, bound="exclusive"), "bounds that belong to their tier"),
     "a percentage tier without rate": (replace(PERCENT, tiers=DEMO), "rate of 0 or more, got None"),
     "a rate finer than 16 decimals": (
@@ -279,6 +284,22 @@ BROKEN = {
 def test_refuses_what_cannot_be_priced(charge: Charge, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_charge(charge)
+
+
+def test_every_mistake_is_told() -> None:
+    charge = replace(PACKAGE, package_price=None, free_events=3, min_packages=-1, minimum=Decimal(-1), meter=None)
+    assert len(charge_faults(charge)) == 5
+    with pytest.raises(ValueError, match=r"^charge c: expected .*; expected .*; expected .*; expected .*; expected"):
+        check_charge(charge)
+
+
+def test_a_tier_that_proration_left_no_block_costs_nothing() -> None:
+    charge = replace(
+        BLOCK, package_size=q("10"), tiers=tiers(("5", "1", "0"), ("8", "100", "70"), (None, "2", "0")), included=0
+    )
+    price = compile_price(charge)
+    assert [price(q(used)) for used in ("10", "11", "30")] == [10**12, 3 * 10**12, 5 * 10**12]
+    assert [part.packages for part in tier_shares(charge, q("30"))] == [1, 2]
 
 
 @pytest.mark.parametrize("model", ["percentage", "dynamic", "flat"])

@@ -243,6 +243,13 @@ def test_what_is_given_back_is_free_for_later_events() -> None:
     assert close_pools(POOL, {CALLS: used(8, -5), TEXTS: used(9)}) == {CALLS: 3 * ONE, TEXTS: 7 * ONE}
 
 
+def test_what_is_given_back_is_there_for_events_before_it_too() -> None:
+    """Eleven units in all, less one given back at the end: the pool pays for all ten."""
+    eu, us = Counter("calls", ("eu",)), Counter("calls", ("us",))
+    usage = {eu: [Member(1, "a", 6 * ONE), Member(9, "b", -ONE)], us: [Member(5, "c", 5 * ONE)]}
+    assert close_pools(POOL, usage) == {eu: 5 * ONE, us: 5 * ONE}
+
+
 def test_pool_units_come_before_included_ones() -> None:
     charge = replace(PER_UNIT, included=2 * ONE)
     closings = close_segment([(charge, SUM)], [replace(POOL, charges=("calls",))], {CALLS: used(15)}, SPAN)
@@ -266,13 +273,20 @@ members = st.builds(
 usages = st.dictionaries(counters, st.lists(members, max_size=6), max_size=6)
 
 
-@given(st.integers(0, 10**13), usages, st.randoms(use_true_random=False))
+given_back = members.map(lambda member: member._replace(quantity=member.quantity - 3 * 10**11))
+
+
+@given(
+    st.integers(0, 10**13),
+    st.dictionaries(counters, st.lists(given_back, max_size=6), max_size=6),
+    st.randoms(use_true_random=False),
+)
 def test_a_pool_is_spent_to_the_last_unit_in_whatever_order_events_came(
     included: int, usage: dict[Counter, list[Member]], random: Random
 ) -> None:
     pool = replace(POOL, included=included)
     allotted = close_pools(pool, usage)
-    total = {counter: sum(m.quantity for m in found) for counter, found in usage.items()}
+    total = {counter: max(sum(m.quantity for m in found), 0) for counter, found in usage.items()}
     drawing = sum(quantity for counter, quantity in total.items() if counter.charge in pool.charges)
     assert sum(allotted.values()) == min(included, drawing)
     assert all(0 < quantity <= total[counter] for counter, quantity in allotted.items())
@@ -339,6 +353,15 @@ def test_so_is_each_cell_s_level() -> None:
     meter = replace(SUM, aggregation="latest", carries_over=True)
     closings = close_segment([(SPLIT, meter)], [], {EU: used(3)}, SPAN, openings={US: Opening(4 * ONE)})
     assert {counter: shown(closing.amount) for counter, closing in closings.items()} == {EU: "6", US: "8"}
+
+
+def test_a_subject_whose_seats_were_given_back_is_absent() -> None:
+    """Else each would pay the first tier's flat fee for ever."""
+    charge = replace(VOLUME, per_subject=True)
+    meter = replace(SUM, aggregation="latest", carries_over=True)
+    ann, bob = Counter("calls", (), "ann"), Counter("calls", (), "bob")
+    closings = close_segment([(charge, meter)], [], {}, SPAN, openings={ann: Opening(ONE), bob: Opening(0)})
+    assert list(closings) == [ann]
 
 
 @pytest.mark.parametrize(("carries_over", "expected"), [(True, "8"), (False, "0")])

@@ -210,12 +210,15 @@ def test_a_level_goes_on_over_months_and_plans() -> None:
     assert carried_event_types(catalog, "acme", period) == {"call"}
 
 
-@pytest.mark.parametrize(("first", "then", "price"), [("sum", "max", 9), ("max", "sum", 14)])
-def test_a_meter_that_changes_within_a_segment_closes_as_it_ends(first: str, then: str, price: int) -> None:
+@pytest.mark.parametrize(("first", "then", "prices"), [("sum", "max", [11, 5]), ("max", "sum", [9, 7])])
+def test_events_keep_the_way_their_meter_made_one_quantity_of_them(first: str, then: str, prices: list[int]) -> None:
     charge = Charge("c", "n", "per_unit", Decimal(1))
     changed = replace(meter("n", then), version=2, valid_from_us=OCTOBER + 10 * 24 * HOUR_US)
-    items = [meter("n", first), changed, small(charge), ACCOUNT, CONTRACT]
-    assert closed(items, [use("a", 5, n="9"), use("b", 15, n="5")]) == {"c": price}
+    catalog = Catalog.empty().extend(entries(meter("n", first), changed, small(charge), ACCOUNT, CONTRACT), 1)
+    uses = [use("a", 5, n="9"), use("b", 6, n="2"), use("c", 15, n="5"), use("d", 16, n="2")]
+    period = catalog.segments("acme", OCTOBER, OCTOBER + 1)[0].period
+    found = close_period(catalog, "acme", period, uses)
+    assert [amount_decimal(line.amount) for line in found.lines] == prices
 
 
 def test_of_meters_that_start_anew_earlier_events_do_not_matter() -> None:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import fastavro
 
-from pipeline.infra.avro import CONTROLS, DEAD_LETTER, RATED, RECEIPTS, Record, frame
+from pipeline.core.corrections import Correction
+from pipeline.infra.avro import CONTROLS, CORRECTIONS, DEAD_LETTER, EVENTS, RATED, RECEIPTS, Record, frame
 from pipeline.infra.topics import Topics
 from tests.billing.records import (
     MAY,
@@ -23,7 +24,7 @@ from tests.billing.records import (
     scaled_decimal,
     sequences,
 )
-from tests.fuzz.mutate import ACCOUNTS, EVENT_TYPE, SCHEMAS, Mutator
+from tests.fuzz.mutate import ACCOUNTS, EVENT_TYPE, FRAME_BYTES, SCHEMAS, Mutator
 
 _US_PER_DAY = 86_400_000_000
 
@@ -49,11 +50,14 @@ def messages(seed: int, count: int, topics: Topics, partitions: int, now_us: int
         topics.retry: (DEAD_LETTER, _letter),
         topics.controls: (CONTROLS, _control),
     }
+    of_retry = (kinds[topics.retry], (CORRECTIONS, _correction))
     for number, event in enumerate(events):
         topic = rng.choice(list(kinds))
-        subject, make = kinds[topic]
+        subject, make = rng.choice(of_retry) if topic == topics.retry else kinds[topic]
         partition = 0 if topic == topics.controls else rng.randrange(partitions)
         record = make(rng, number, partition, topics, now_us)
+        if make is _correction and event.value is not None and rng.random() < 0.5:
+            record["event"] = event.value
         if make is _letter and event.value is not None and len(event.value) < 100_000:
             record["value"], record["key"] = event.value, event.key
         how = rng.choices(("untouched", "fields", "bytes", "foreign"), (20, 40, 35, 5))[0]
@@ -160,6 +164,43 @@ def _letter(rng: Random, number: int, partition: int, topics: Topics, now_us: in
     )
 
 
+def _correction(rng: Random, number: int, partition: int, topics: Topics, now_us: int) -> Record:
+    event = {
+        "idempotency_key": f"billed-{number % 20}",
+        "account": rng.choice(ACCOUNTS),
+        "event_type": EVENT_TYPE,
+        "timestamp": now_us - 60_000_000,
+        "subject": "",
+        "properties": {"input_tokens": "7"},
+        "source": "",
+        "sequence": 0,
+    }
+    terms = rated_record()
+    row = {name: terms[name] for name in _HELD_FIELDS if name not in ("price_class", "late", "quantity", "amount")}
+    quantity = rng.choice((7, 7, -(10**29) + 1, 10**28))
+    numbers = {"quantity": _scaled(quantity * 10**9), "amount": _scaled(rng.choice((21, 10**37)) * 10**6)}
+    row |= {"price_class": rng.choice(("running", "per_event", "period")), "late": False} | numbers
+    return {
+        "number": number,
+        "entry": rng.choice((1, 1, 2, 3)),
+        "reason_code": "other",
+        "actor": "mallory",
+        "decided_at": now_us,
+        "catalog_offset": rng.choice((0, 0, 0, 2**62)),
+        "origin_topic": topics.events,
+        "origin_partition": partition,
+        "origin_offset": number,
+        "origin_appended_at": now_us // 1000,
+        "event": SCHEMAS.encode(EVENTS, event),
+        "rows": [row] * rng.choice((1, 1, 2, 400)),
+        "replacement": SCHEMAS.encode(EVENTS, event | {"properties": {"input_tokens": "8"}}) if number % 2 else None,
+    }
+
+
+def _scaled(number: int) -> bytes:
+    return number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True)
+
+
 def _control(rng: Random, number: int, partition: int, topics: Topics, now_us: int) -> Record:
     runs = [{"first": 2, "last": 2, "reason": "too large"}] if rng.random() < 0.5 else []
     return control_record(
@@ -169,6 +210,17 @@ def _control(rng: Random, number: int, partition: int, topics: Topics, now_us: i
         rejections=runs,
         closed=rng.random() < 0.1,
     )
+
+
+def forged(rng: Random, said: Correction, count: int) -> Iterator[bytes]:
+    """So many corrections like a good one, each with one to three values that no command writes."""
+    whole = SCHEMAS.encode(CORRECTIONS, said.to_record())
+    for _ in range(count):
+        record: Any = fastavro.schemaless_reader(io.BytesIO(whole[FRAME_BYTES:]), _PARSED[CORRECTIONS], None)
+        record["entry"] = rng.randrange(1, 10**6)
+        for name in rng.choices(list(record), [9 if name == "rows" else 1 for name in record], k=rng.choice((1, 1, 3))):
+            record[name] = _wild(rng, _FIELDS[CORRECTIONS][name], record[name])
+        yield encode(CORRECTIONS, record)
 
 
 # -- damage
@@ -241,11 +293,20 @@ def _plain(schema: Any) -> Any:
     return [_plain(part) for part in schema] if isinstance(schema, list) else schema
 
 
-_SUBJECTS = (RATED, RECEIPTS, DEAD_LETTER, CONTROLS)
+_SUBJECTS = (RATED, RECEIPTS, DEAD_LETTER, CONTROLS, CORRECTIONS)
 _PLAIN = {subject: _plain(json.loads(SCHEMAS.newest(subject).text())) for subject in _SUBJECTS}
 _PARSED = {subject: fastavro.parse_schema(schema) for subject, schema in _PLAIN.items()}
 _FIELDS = {subject: {field["name"]: field["type"] for field in schema["fields"]} for subject, schema in _PLAIN.items()}
+_HELD_FIELDS = [
+    field["name"]
+    for part in _PLAIN[CORRECTIONS]["fields"]
+    if part["name"] == "rows"
+    for field in part["type"]["items"]["fields"]
+]
 _DECIMALS = {"quantity": 9, "quantity_before": 9, "quantity_after": 9, "amount": 12}
+
+
+CORRECTION_FRAME = frame(SCHEMAS.newest(CORRECTIONS).id)
 
 
 def encode(subject: str, record: Record) -> bytes:

@@ -7,7 +7,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from random import Random
 from typing import Any, cast
 
 import pytest
@@ -17,16 +18,37 @@ from pipeline.billing import rated
 from pipeline.billing.intake import Intake, Place, RatedMessage
 from pipeline.core.reasons import Reason
 from pipeline.core.usage import ParkedRecord
-from pipeline.infra.avro import DEAD_LETTER, RECEIPTS
+from pipeline.infra.avro import CORRECTIONS, DEAD_LETTER, RECEIPTS
 from pipeline.infra.settings import Settings
-from pipeline.infra.topics import Topics
+from pipeline.infra.topics import RECORD_BYTES_MAX, Topics
 from pipeline.rating.batch import Source, any_due, process
+from pipeline.rating.changelog import by_expiry, pack_seen
 from pipeline.rating.partition import unpark
+from pipeline.rating.retry_queue import RetryQueue
 from tests.billing.records import letter_record, receipt_record
 from tests.billing.running import count, query, running_sink, wait_until
-from tests.fuzz.hostile import Hostile, encode, fatal, messages
-from tests.fuzz.mutate import SCHEMAS
-from tests.rating.world import HOME, NOW_MS, SHAPE, Memory, batch, framed, usage, view
+from tests.fuzz.hostile import CORRECTION_FRAME, Hostile, encode, fatal, forged, messages
+from tests.fuzz.mutate import FRAME_BYTES, SCHEMAS
+from tests.rating import world
+from tests.rating.world import (
+    HOME,
+    NOW_MS,
+    SHAPE,
+    Memory,
+    account,
+    batch,
+    contract,
+    framed,
+    message,
+    meter,
+    per_unit,
+    plan,
+    reasons,
+    rows,
+    run,
+    usage,
+    view,
+)
 from tests.rating.world import Message as Came
 
 _SEED, _SORTED, _SENT = 2, 8000, 700
@@ -59,6 +81,11 @@ class _Read:
         return 1, time.time_ns() // 1_000_000
 
 
+def is_correction(topics: Topics, read: _Read) -> bool:
+    """Framed as one, which is the rater's to judge: the sink passes it over."""
+    return read.topic() == topics.retry and (read.value() or b"")[:FRAME_BYTES] == CORRECTION_FRAME
+
+
 def _said(message: RatedMessage) -> tuple[object, ...]:
     return (*message[:2], message.row._replace(terms=None), asdict(message.row.terms))  # type: ignore[arg-type]
 
@@ -81,7 +108,9 @@ def test_whatever_stands_on_a_topic_of_the_sink_is_read_or_named_poison() -> Non
     assert [one[:4] for one in batch.poison] == [one[:4] for one in python.poison]
     assert [_said(one) for one in batch.rated] == [_said(one) for one in python.rated]
     parts: list[list[Any]] = [batch.rated, batch.receipts, batch.controls, batch.letters, batch.poison]
-    assert sum(map(len, parts)) == _SORTED + 1 and min(map(len, parts)) > _SORTED / 50
+    passed_over = sum(is_correction(topics, one) for one in read)
+    assert passed_over > _SORTED / 50
+    assert sum(map(len, parts)) + passed_over == _SORTED + 1 and min(map(len, parts)) > _SORTED / 50
     assert max(len(poison.problem) for poison in batch.poison) < _PROBLEM_MAX
     assert {place: following for place, (_, following) in batch.moves.items()} == ends
 
@@ -109,9 +138,10 @@ def test_sink_and_rater_go_on_whatever_stands_on_their_topics(settings: Settings
     aside = {bytes(value) for (value,) in query(settings, "SELECT value FROM billing.quarantine")}
     assert all(one.value in aside for one in fatal(topics)), "written, and not quarantined"
     quarantined = dict(query(settings, "SELECT rated_topic, count(*) FROM billing.quarantine GROUP BY 1"))
-    assert count(settings, "billing.rated_usage") + quarantined[topics.rated] == sent[topics.rated]
-    theirs = "SELECT count(*) FROM billing.receipt WHERE worker LIKE %s"
-    receipts = count(settings, "billing.receipt") - query(settings, theirs, f"%:{rater.pid}")[0][0]
+    theirs = "SELECT count(*), coalesce(sum(rated_rows), 0) FROM billing.receipt WHERE worker LIKE %s"
+    [(own_receipts, own_rows)] = query(settings, theirs, f"%:{rater.pid}")
+    assert count(settings, "billing.rated_usage") + quarantined[topics.rated] == sent[topics.rated] + own_rows
+    receipts = count(settings, "billing.receipt") - own_receipts
     assert receipts + quarantined[topics.receipts] == sent[topics.receipts]
     assert all(0 < quarantined[topic] < sent[topic] for topic in sent)
 
@@ -140,6 +170,41 @@ def test_a_letter_that_no_rater_writes_is_not_tried_but_dead_lettered(fields: di
         assert any_due(unparked, view(), SHAPE)
         outcome = process(unparked, Memory(), view(), SHAPE)
         assert [one.rejection.reason for one in outcome.dead] == [Reason.UNDECODABLE]
+
+
+def test_a_forged_correction_is_applied_or_dead_lettered_and_leaves_only_what_can_be_written() -> None:
+    """And none makes the rater raise: the whole hand would be taken again one by one."""
+    priced = view(meter(), plan(per_unit(), replace(per_unit("3", id="d"), by=("model",))), account(), contract())
+    state = Memory()
+    event = run([message(usage(properties={"tokens": "100", "model": "m"}))], priced, state)
+    state.apply(event)
+    rng, read, became = Random(_SEED), rated.reader(SCHEMAS).read, Counter[str]()
+    for value in forged(rng, world.correction(rows(event)), 4000):
+        came = Came("usage.retry", HOME, 0, NOW_MS, b"acme", value)
+        hand = batch([unpark(came, SCHEMAS)], source=Source.RETRY)
+        RetryQueue().add(hand, behind=False)
+        any_due(hand, priced, SHAPE)
+        outcome = process(hand, state, priced, SHAPE)
+        assert outcome.records == 1
+        became[outcome.dead[0].rejection.reason if outcome.dead else "waiting" if outcome.waiting else "applied"] += 1
+        for _, row in outcome.rows:
+            read(row)
+        assert all(abs(quantity) < 10**38 for quantity in outcome.totals.values())
+        assert list(pack_seen(by_expiry(outcome.used_up, NOW_MS))) or not outcome.used_up
+    assert Reason.INTERNAL_ERROR not in became
+    assert min(became[one] for one in ("applied", "waiting", Reason.UNDECODABLE, Reason.IN_THE_FUTURE)) > 10, became
+
+
+def test_a_small_correction_does_not_ask_for_any_amount_of_memory() -> None:
+    """Each row it asks for holds the event: 15,000 rows of 256 KiB are 4 GB."""
+    event = run([message(usage(properties={"tokens": "100", "text": "x" * 250_000}))])
+    said = world.correction(rows(event))
+    many = replace(said, rows=tuple(replace(said.rows[0], cell=str(number)) for number in range(10_000)))
+    value = SCHEMAS.encode(CORRECTIONS, many.to_record())
+    assert len(value) < RECORD_BYTES_MAX
+    hand = batch([unpark(Came("usage.retry", HOME, 0, NOW_MS, b"acme", value), SCHEMAS)], source=Source.RETRY)
+    outcome = process(hand, Memory(), view(), SHAPE)
+    assert (outcome.rows, reasons(outcome)) == ([], [Reason.MESSAGE_TOO_LARGE])
 
 
 def _send(settings: Settings, topics: Topics) -> Iterator[str]:

@@ -113,6 +113,20 @@ def test_staged_committed_over_a_crash_and_reverted_as_a_whole(world: World) -> 
     assert world.scalar(audit) == " ".join(f"backfill.{step}" for step in steps)
 
 
+def test_a_commit_that_died_is_reverted_with_what_it_sent_and_never_wrote_down(world: World) -> None:
+    stage(world, *(staged(f"k{n}") for n in range(5)))
+    with world.sink():
+        # The raters are behind when it dies: what it sent is rated after the revert began.
+        died = subprocess.run([sys.executable, "-c", _DIES], env=world.environment(), timeout=60)
+        assert died.returncode == -signal.SIGKILL
+        assert backfills.get(world.connection, "june").sent == 0
+        eventually(lambda: world.scalar("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"), lambda n: n == 0)
+        with world.rater():
+            assert revert(world) == (3, "reverted")
+    assert backfills.outcome(world.connection, "june") == Outcome(0, 3, 0, 0, 0)
+    assert world.scalar("SELECT sum(amount) FROM billing.invoice_line") == 0
+
+
 def test_what_cannot_be_billed_any_more_stops_the_commit(world: World) -> None:
     world.connection.execute(
         "INSERT INTO billing.invoice (account, currency, period_start, period_end, state) "

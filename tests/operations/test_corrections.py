@@ -168,6 +168,49 @@ def test_what_is_refused_by_the_command_by_the_rater_and_by_the_sink(world: Worl
     assert tuple(lines(world)["output"]) == (4, 4 * OUTPUT_PRICE, 2)
 
 
+def test_an_event_that_is_half_written_is_not_corrected_by_half(world: World) -> None:
+    """All rows of an event or none: what the sink had yet to write would stay billed."""
+    with world.rater(), world.sink():
+        emitted(world, "a")
+    partition = world.scalar("SELECT DISTINCT rated_partition FROM billing.rated_usage")
+    assert decide(world, [pick(world, "a")]).refused == []  # the last in the log, and whole
+    world.event("b")
+    with world.rater(), world.sink():
+        eventually(lambda: world.billed("b"), lambda rows: len(rows) == 2)
+    # As a sink leaves it whose batch ended between the two rows of the event.
+    cut = world.scalar("SELECT max(rated_offset) FROM billing.rated_usage")
+    world.connection.execute("DELETE FROM billing.rated_usage WHERE rated_offset = %s", [cut])
+    world.connection.execute(
+        "UPDATE billing.sink_position SET next_offset = %s WHERE (topic, partition) = (%s, %s)",
+        [cut, world.topics.rated, partition],
+    )
+    [(_, why)] = decide(world, [pick(world, "b")]).refused
+    assert "not all of its rows are there" in why
+    with world.sink():
+        eventually(lambda: world.billed("b"), lambda rows: len(rows) == 2)
+    assert decide(world, [pick(world, "b")]).refused == []
+
+
+def test_a_repeat_of_the_event_s_rows_does_not_settle_a_correction(world: World) -> None:
+    """Were it taken for settled, a second one could be decided, and both would take the event back."""
+    with world.rater(), world.sink():
+        emitted(world, "a")
+        numbers = decide(world, [pick(world, "a")]).numbers
+        rows = "SELECT rated_partition, rated_offset FROM billing.rated_usage LIMIT 1"
+        [(partition, offset)] = world.connection.execute(rows).fetchall()
+        again = next(peek(world.settings, {(world.topics.rated, partition): offset}, most=1))
+        producer = Producer(world.settings.kafka)
+        producer.produce(world.topics.rated, again.value(), again.key(), partition)
+        assert producer.flush(15) == 0
+        eventually(lambda: world.scalar("SELECT count(*) FROM billing.quarantine"), lambda count: count == 1)
+        assert dict(corrections.states(world.connection, numbers)) == {"unsent": 1}
+        [(_, why)] = decide(world, [pick(world, "a")]).refused
+        assert "on its way" in why
+        corrections.send(world.connection, world.settings)
+        settled(world, numbers, "applied")
+    assert {tuple(line) for line in lines(world).values()} == {(0, 0, 0)}
+
+
 def test_sent_twice_and_written_twice_it_is_applied_once(world: World) -> None:
     """Both locks of law 7: the rater knows a correction again, and PostgreSQL takes each row of it once."""
     with world.rater(), world.sink():

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.corrections import Correction
 from pipeline.infra.avro import CORRECTIONS
-from pipeline.rating.batch import Outcome, Source, process, process_one_by_one
+from pipeline.rating.batch import Outcome, Source, any_due, process, process_one_by_one
 from pipeline.rating.correct import CorrectionRecord
 from pipeline.rating.enrich import TermsView
 from pipeline.rating.partition import unpark
+from pipeline.rating.retry_queue import RetryQueue
 from tests.rating import world
 from tests.rating.world import (
     DAY_US,
@@ -153,11 +155,27 @@ def test_a_replacement_that_cannot_be_rated_changes_nothing() -> None:
         (tokens("k1", 80, timestamp=NOW_US - DAY_US), "wrong_shape"),
     ):
         outcome = run([correction(first, new)], None, state, source=Source.RETRY)
-        assert (outcome.rows, outcome.totals, outcome.seen, reasons(outcome)) == ([], {}, {}, [reason])
+        assert (outcome.rows, outcome.totals, outcome.corrected, reasons(outcome)) == ([], {}, [], [reason])
     # What would be parked as usage is refused too: a person waits for the answer.
     nobody = view(meter(), plan(per_unit()))
     outcome = run([correction(first, tokens("k1", 80))], nobody, state, source=Source.RETRY)
     assert (outcome.parked, reasons(outcome)) == ([], ["unknown_account"])
+
+
+def test_a_refused_correction_that_was_sent_twice_is_not_applied_when_prices_came() -> None:
+    """Its person was told, and may have decided anew: both together would take the event back twice."""
+    state = Memory()
+    [first] = rated(state, tokens("k1", 100))
+    once = correction(first, usage("k1", event_type="other", properties={"tokens": "80"}))
+    for _ in range(2):  # in one batch, and in the next
+        outcome = run([once, once], None, state, source=Source.RETRY)
+        state.apply(outcome)
+    assert (len(outcome.repeats), outcome.dead) == (2, [])
+    priced = view(meter(), meter("other", event_type="other"), plan(per_unit()), account(), contract())
+    again = run([once], priced, state, source=Source.RETRY)
+    assert (again.rows, again.totals, len(again.repeats)) == ([], {}, 1)
+    one_by_one, errors = process_one_by_one(batch([once, once], Source.RETRY), Memory(), view(), SHAPE)
+    assert (len(one_by_one.dead), len(one_by_one.repeats), errors) == (1, 1, [])
 
 
 def test_a_correction_on_another_partition_is_refused() -> None:
@@ -176,6 +194,61 @@ def test_it_waits_for_the_catalog_the_event_was_rated_with() -> None:
     assert (outcome.rows, outcome.waiting, outcome.records) == ([], [once], 1)
     assert (once.letter, once.letter_key) == (once.value, b"acme")  # written back as it came
     assert len(run([once], view(offset=8), state, source=Source.RETRY).rows) == 1
+
+
+@pytest.mark.parametrize("minutes", [-6, 11], ids=["decided later than it came", "decided long before it came"])
+def test_it_does_not_wait_for_a_catalog_that_nobody_published(minutes: int) -> None:
+    """Written back and read again for ever, it would keep the partition busy with nothing else."""
+    state = Memory()
+    [first] = rated(state, tokens("k1", 100), terms=view(offset=2**60))
+    once = correction(first)
+    never = once._replace(said=replace(once.said, decided_at_us=(NOW_MS - minutes * 60_000) * 1000))
+    hand = batch([never], Source.RETRY)
+    assert not any_due(hand, view(), SHAPE) and any_due(hand, view(offset=2**60), SHAPE)
+    outcome = run([never], None, state, source=Source.RETRY)
+    assert (outcome.waiting, outcome.rows, reasons(outcome)) == ([], [], ["wrong_shape"])
+
+
+def test_numbers_that_no_row_or_counter_holds_are_refused() -> None:
+    """Once in a counter, one of 39 digits would stop every worker that restores the partition."""
+    state = Memory()
+    [first] = rated(state, tokens("k1", 100))
+    [counter] = state.totals
+    state.totals[counter] = 10**37
+    said = world.correction(first)
+    forged = replace(said, rows=(replace(said.rows[0], quantity=-(10**38) + 1),))
+    record = correction(first)._replace(said=forged)
+    outcome = run([record], None, state, source=Source.RETRY)
+    assert (outcome.rows, outcome.totals, reasons(outcome)) == ([], {}, ["quantity_too_large"])
+    with pytest.raises(ValueError, match="38 digits"):
+        Correction.from_record(replace(said, rows=(replace(said.rows[0], amount=10**38),)).to_record())
+
+
+def test_a_row_that_stands_twice_in_a_correction_makes_it_none() -> None:
+    """PostgreSQL would take one of the two, the counter would go back by both."""
+    [first] = rated(Memory(), tokens("k1", 100))
+    with pytest.raises(ValueError, match="got one twice"):
+        Correction.from_record(world.correction(first + first).to_record())
+
+
+def test_a_time_of_arrival_that_no_clock_shows_is_not_remembered() -> None:
+    """The day its identity is forgotten would not fit into the changelog: the worker would end, and the next."""
+    [first] = rated(Memory(), tokens("k1", 100))
+    value = SCHEMAS.encode(CORRECTIONS, world.correction(first).to_record())
+    for timestamp in (-1, 2**61):
+        came = Message("usage.retry", HOME, 0, timestamp, b"acme", value)
+        assert unpark(came, SCHEMAS) is came
+        assert reasons(run([came], None, Memory(), source=Source.RETRY)) == ["undecodable"]
+
+
+def test_while_it_waits_it_is_written_back_once_a_second() -> None:
+    [first] = rated(Memory(), tokens("k1", 100), terms=view(offset=8))
+    queue, waiting = RetryQueue(), batch([correction(first)], Source.RETRY)
+    queue.add(waiting, behind=False)
+    assert queue.due(NOW_MS + 999, 7, None, lambda hand: any_due(hand, view(offset=7), SHAPE)) is None
+    assert queue.due(NOW_MS + 1_000, 7, None, lambda hand: any_due(hand, view(offset=7), SHAPE)) is not None
+    queue.add(waiting, behind=False)
+    assert queue.due(NOW_MS, 8, None, lambda hand: any_due(hand, view(offset=8), SHAPE)) is not None
 
 
 def test_after_a_back_dated_price_the_row_is_taken_back_at_what_it_was_billed_at() -> None:

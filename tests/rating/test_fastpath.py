@@ -143,7 +143,10 @@ OTHERS = (
 
 @pytest.mark.parametrize("items", [PLAIN, OTHERS], ids=["plain", "others"])
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(written=st.lists(values, max_size=8), before=st.one_of(st.integers(0, 10**16), st.integers(0, 10**30)))
+@given(
+    written=st.lists(values, max_size=8),
+    before=st.one_of(st.integers(0, 10**16), st.integers(-(10**30), 10**30), st.integers(10**36, 10**38 - 1)),
+)
 def test_both_ways_give_the_same(items: tuple[Any, ...], written: list[bytes], before: int) -> None:
     """Rows byte for byte, running quantities, what was refused and why, and which sequence numbers arrived."""
     if compiled.fastpath is None:

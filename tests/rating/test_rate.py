@@ -267,3 +267,15 @@ def test_a_new_meter_version_changes_what_is_measured_within_one_counter() -> No
         (2, 1, 101),
         (1, 101, 102),
     ]
+
+
+@pytest.mark.parametrize("price", ["100000000000", "0.01"])
+def test_an_amount_that_no_row_holds_is_refused(price: str) -> None:
+    """A counter may have grown at a price that was low then, and a price of today make more of it than 38 digits."""
+    terms = view(meter(allow_negative=True), plan(per_unit(price)), account(), contract())
+    [counter] = run([message(usage())], terms).totals
+    back = message(usage(properties={"tokens": "-" + "9" * 18}))
+    outcome = run([back], terms, Memory(totals={counter: 10**27}))
+    refused = price != "0.01"
+    assert reasons(outcome) == ([Reason.QUANTITY_TOO_LARGE] if refused else [])
+    assert outcome.totals == ({} if refused else {counter: 10**9})

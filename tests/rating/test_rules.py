@@ -106,7 +106,7 @@ def split_of(terms_view: TermsView) -> Any:
 def test_more_cells_than_are_remembered_give_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [use(i, model=str(i * 7 % 5), region=str(i % 3)) for i in range(60)]
     remembered = run(events, terms(MATRIX))
-    monkeypatch.setattr(enrich, "_CELLS_MAX", 4)
+    monkeypatch.setattr(enrich, "_CELLS_BYTES_MAX", 4 * (enrich._CELL_BYTES + 5))
     state, forgetful = Memory(), terms(MATRIX)
     found = []
     for event in events:
@@ -115,6 +115,16 @@ def test_more_cells_than_are_remembered_give_the_same_rows(monkeypatch: pytest.M
         found += outcome.rows
         assert len(split_of(forgetful).met) <= 4
     assert found == remembered.rows
+
+
+def test_long_subjects_take_no_more_memory_than_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subject may be as long as an event: 100,000 of them remembered would be 25 GB."""
+    monkeypatch.setattr(enrich, "_CELLS_BYTES_MAX", 1_000_000)
+    forgetful, held = terms(replace(per_unit(), per_subject=True)), []
+    for number in range(12):
+        run([use(number, subject=str(number).ljust(200_000, "x"))], forgetful, Memory())
+        held.append(len(split_of(forgetful).met))
+    assert max(held) == 4
 
 
 SUBJECTS = st.binary(max_size=140).map(lambda raw: raw.replace(b"a", b"\x1f#"))

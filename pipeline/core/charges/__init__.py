@@ -28,7 +28,7 @@ Whether the first tier's flat fee is due before any unit beyond the included one
 absent and costs nothing until the close, which prices it at 0 and books that fee.
 """
 
-from pipeline.core.charges.check import charge_class, check_charge, check_metering
+from pipeline.core.charges.check import charge_class, charge_faults, check_charge, check_metering
 from pipeline.core.charges.model import PER_EVENT, Beyond, Bound, Cell, Charge, ChargeClass, Model, Tier
 from pipeline.core.charges.numbers import flat_fee, scaled_amount
 from pipeline.core.charges.per_event import EventPrice, compile_amount, compile_event_price
@@ -58,6 +58,7 @@ __all__ = [
     "ShareKind",
     "Tier",
     "charge_class",
+    "charge_faults",
     "check_charge",
     "check_metering",
     "compile_amount",

@@ -5,6 +5,7 @@ from pipeline.core.charges.model import PER_EVENT, Charge, ChargeClass
 from pipeline.core.charges.numbers import flat_fee, scaled_amount, scaled_price
 from pipeline.core.charges.per_event import compile_event_price
 from pipeline.core.charges.running import compile_price
+from pipeline.core.charges.tiers import block_size, in_units
 from pipeline.core.meters import Meter
 
 
@@ -25,24 +26,20 @@ def charge_class(charge: Charge, meter: Meter | None, *, pooled: bool = False) -
 
 
 def check_charge(charge: Charge) -> None:
-    """Raise ValueError, saying what was expected and what came, for a charge that cannot be priced."""
-    match charge.model:
-        case "flat":
-            flat_fee(charge)
-            _expect(charge, charge.meter is None, "no meter for a flat fee", charge.meter)
-            _expect(charge, charge.quantity >= 0, "a quantity of 0 or more", charge.quantity)
-            _expect(charge, not charge.split, "no cells or subjects of a flat fee", (*charge.by, charge.per_subject))
-        case "percentage" | "dynamic":
-            compile_event_price(charge)
-            _expect(charge, charge.included == 0, "no included units where single events are priced", charge.included)
-        case _:
-            compile_price(charge)
-    if charge.model != "flat":
-        _expect(charge, charge.meter is not None, "a meter", charge.meter)
-    _check_free(charge)
-    _check_levels(charge)
-    _check_cells(charge)
-    _check_limits(charge)
+    """Raise ValueError with every one of ``charge_faults``, for a charge that has any."""
+    if found := charge_faults(charge):
+        raise ValueError(f"charge {charge.id}: {'; '.join(found)}")
+
+
+def charge_faults(charge: Charge) -> list[str]:
+    """Why a charge cannot be priced as it stands, each as what was expected and what came; none for one that can be."""
+    found = []
+    for check in (_check_price, _check_model, _check_free, _check_blocks, _check_levels, _check_cells, _check_limits):
+        try:
+            check(charge)
+        except ValueError as error:
+            found.append(str(error).removeprefix(f"charge {charge.id}: "))
+    return found
 
 
 def check_metering(charge: Charge, meter: Meter, *, pooled: bool = False) -> None:
@@ -62,14 +59,43 @@ def check_metering(charge: Charge, meter: Meter, *, pooled: bool = False) -> Non
     _expect(charge, not missing, f"dimensions of meter {meter.id}, one of {list(meter.dimensions)}, as by", missing)
 
 
+def _check_price(charge: Charge) -> None:
+    match charge.model:
+        case "flat":
+            flat_fee(charge)
+        case "percentage" | "dynamic":
+            compile_event_price(charge)
+        case _:
+            compile_price(charge)
+
+
+def _check_model(charge: Charge) -> None:
+    if charge.model == "flat":
+        _expect(charge, charge.meter is None, "no meter for a flat fee", charge.meter)
+        _expect(charge, charge.quantity >= 0, "a quantity of 0 or more", charge.quantity)
+        _expect(charge, not charge.split, "no cells or subjects of a flat fee", (*charge.by, charge.per_subject))
+    else:
+        _expect(charge, charge.meter is not None, "a meter", charge.meter)
+    if charge.model in PER_EVENT:
+        _expect(charge, charge.included == 0, "no included units where single events are priced", charge.included)
+
+
 def _check_free(charge: Charge) -> None:
     if charge.free_events is not None or charge.free_amount is not None:
         _expect(charge, charge.model == "percentage", "free events in a percentage charge only", charge.model)
     _expect(charge, (charge.free_events or 0) >= 0, "free_events of 0 or more", charge.free_events)
     _expect(charge, (charge.free_amount or 0) >= 0, "a free_amount of 0 or more", charge.free_amount)
+
+
+def _check_blocks(charge: Charge) -> None:
     _expect(charge, charge.min_packages >= 0, "min_packages of 0 or more", charge.min_packages)
-    blocks_end_inside = charge.model == "block" and charge.bound == "exclusive"
-    _expect(charge, not blocks_end_inside, "bounds that belong to their tier, since blocks are whole", charge.bound)
+    if charge.model == "block":
+        inclusive = charge.bound == "inclusive"
+        _expect(charge, inclusive, "bounds that belong to their tier, since blocks are whole", charge.bound)
+        bounds = [tier.up_to for tier in charge.tiers if tier.up_to is not None]
+        ends = {-(-bound // block_size(charge)) for bound in bounds}
+        shown = f"bounds {in_units(bounds)} with blocks of {in_units([block_size(charge)])[0]}"
+        _expect(charge, len(ends) == len(bounds), "a block at least in each tier", shown)
 
 
 def _check_levels(charge: Charge) -> None:

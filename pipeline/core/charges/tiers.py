@@ -1,10 +1,11 @@
 """A charge's tiers in integers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.core.charges.model import Charge, Tier
 from pipeline.core.charges.numbers import PRICE_TO_PRODUCT, PRODUCT_TO_AMOUNT, scaled_amount, scaled_price, scaled_rate
-from pipeline.core.money import QUANTITY_ONE, Quantity
+from pipeline.core.money import QUANTITY_ONE, Quantity, plain, quantity_decimal
 
 #: Models whose tiers a quantity goes through, paying each; in the others the tier it ends in prices all of it.
 THROUGH_TIERS = frozenset({"graduated", "graduated_percentage", "block"})
@@ -33,14 +34,16 @@ class TierPrice:
 
 
 def tier_prices(charge: Charge) -> list[TierPrice]:
-    """Raises ValueError for no tiers, bounds that do not ascend, a last tier bounded without ``beyond`` or the reverse,
+    """The tiers that hold anything: of a block charge, prorated, some may be shorter than a block.
+
+    Raises ValueError for no tiers, bounds that do not ascend, a last tier bounded without ``beyond`` or the reverse,
     and prices that are none.
     """
     tiers = charge.tiers
     bounds = [tier.up_to for tier in tiers]
     if not bounds or (bounds[-1] is None) != (charge.beyond is None):
         expected = "tiers, the last without up_to" if charge.beyond is None else "tiers, the last with up_to for beyond"
-        raise ValueError(f"charge {charge.id}: expected {expected}, got bounds {bounds}")
+        raise ValueError(f"charge {charge.id}: expected {expected}, got bounds {in_units(bounds)}")
     lower = 0
     prices = []
     for number, tier in enumerate(tiers, 1):
@@ -48,10 +51,9 @@ def tier_prices(charge: Charge) -> list[TierPrice]:
         if (upper is None and number < len(tiers)) or (upper is not None and upper <= lower):
             raise ValueError(f"charge {charge.id}: expected tier bounds that ascend from above 0, got {bounds}")
         slope, flat, cap = _numbers(charge, tier)
-        last = number == len(tiers)
-        prices.append(
-            TierPrice(tier, _units(charge, lower), None if last else _units(charge, upper or 0), slope, flat, cap)
-        )
+        first, end = _units(charge, lower), None if number == len(tiers) else _units(charge, upper or 0)
+        if end is None or end > first:
+            prices.append(TierPrice(tier, first, end, slope, flat, cap))
         lower = upper or 0
     return prices
 
@@ -80,6 +82,11 @@ def block_size(charge: Charge) -> Quantity:
 def blocks_begun(charge: Charge, quantity: Quantity) -> int:
     """How many blocks or packages a cumulative quantity is charged: those begun, at least ``min_packages``."""
     return max(-(-max(quantity - charge.included, 0) // block_size(charge)), charge.min_packages)
+
+
+def in_units(bounds: Iterable[Quantity | None]) -> list[str]:
+    """Bounds as people write them."""
+    return ["none" if bound is None else plain(quantity_decimal(bound)) for bound in bounds]
 
 
 def _units(charge: Charge, bound: Quantity) -> Quantity:
