@@ -2,7 +2,8 @@
 
 ``rater.seen``: identities packed by the day they expire, at most 512 KiB a record: one version byte, the expiry day
 (days since 1970, little-endian uint32), then 24 bytes an identity (16 of identity hash, 8 of payload hash).
-``rater.totals``: key is the counter, value its running quantity in units of 1e-9 as decimal digits; compacted.
+``rater.totals``: key is the counter, value its running quantity in units of 1e-9 as decimal digits; compacted. Two more
+keys hold the offset that each source was processed up to: what the changelogs say was true then, and no later.
 """
 
 import struct
@@ -20,6 +21,11 @@ _ENTRIES_BYTES_MAX = (512 * 1024 - _HEAD.size) // _ENTRY_BYTES * _ENTRY_BYTES
 _DAY_MS = 24 * 60 * 60 * 1000
 #: Seen keys live this long after the later of event and append time (law 5).
 SEEN_DAYS = 37
+
+
+def reached(source: str) -> bytes:
+    """Key, among the counters, of how far a source was processed. None is named so: ids hold no such character."""
+    return b"\x1e" + source.encode()
 
 
 def day_of(at_ms: int) -> int:

@@ -23,7 +23,7 @@ from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics, partition_of
 from pipeline.rating.batch import Batch, Outcome, Source, not_before_ms
-from pipeline.rating.changelog import by_expiry, pack_quantity, pack_seen
+from pipeline.rating.changelog import by_expiry, pack_quantity, pack_seen, reached
 from pipeline.rating.state import PartitionState, Positions
 
 log = get_logger(__name__)
@@ -141,7 +141,8 @@ class Committer:
         BatchAborted or StateUnknown.
         """
         positions = state.positions or Positions(0, 0)
-        seen = by_expiry(outcome.rated + outcome.corrected, batch.now_ms)
+        totals = outcome.totals | {reached(batch.source): batch.next_offset}
+        seen = by_expiry(outcome.used_up, batch.now_ms)
         ends = [positions.seen, positions.totals]
         try:
             # Step 1.
@@ -154,7 +155,7 @@ class Committer:
             self._produce_receipt(batch, outcome, catalog_offset, membership.generation)
             self._on_step("receipt_produced")
             # Step 3.
-            self._produce_changelogs(outcome, seen, ends)
+            self._produce_changelogs(totals, seen, ends)
             self._on_step("changelogs_produced")
             # Step 4.
             offsets = [TopicPartition(self._source(batch), self._partition, batch.next_offset, note)]
@@ -167,7 +168,7 @@ class Committer:
         except KafkaException as error:
             self._abort(error.args[0])
         # Step 6.
-        state.apply(seen, outcome.totals, Positions(*ends))
+        state.apply(seen, totals, Positions(*ends))
         self._on_step("applied")
 
     # -- what is produced
@@ -260,7 +261,7 @@ class Committer:
     def _source(self, batch: Batch) -> str:
         return self._topics.events if batch.source is Source.EVENTS else self._topics.retry
 
-    def _produce_changelogs(self, outcome: Outcome, seen: dict[int, list[bytes]], ends: list[int]) -> None:
+    def _produce_changelogs(self, totals: dict[bytes, int], seen: dict[int, list[bytes]], ends: list[int]) -> None:
         """Changelog records; ``ends`` is moved behind them when the broker reports where they were written."""
 
         def moves(index: int) -> Callable[[KafkaError | None, Message], None]:
@@ -275,8 +276,8 @@ class Committer:
         for block in pack_seen(seen):
             self._produce(self._topics.seen, block, None, self._partition, on_delivery=moves(0))
         # One producer writes a partition in order: the last delivery stands behind all others.
-        last = len(outcome.totals)
-        for number, (counter, quantity) in enumerate(outcome.totals.items(), 1):
+        last = len(totals)
+        for number, (counter, quantity) in enumerate(totals.items(), 1):
             report = {"on_delivery": moves(1)} if number == last else {}
             self._produce(self._topics.totals, pack_quantity(quantity), counter, self._partition, **report)
 

@@ -3,6 +3,8 @@
 1. ``init_transactions`` for the partition's transactional id: fences the old owner and aborts what it left open.
 2. The committed offsets, read as stable: only now can no earlier transaction change them.
 3. Both changelogs, read committed, from the local position to the end offset taken after step 1.
+4. Where the changelogs were written further than the committed offsets, they are believed: each transaction moved both.
+   A broker that was killed has answered with an offset long past, once in an hour of chaos.
 """
 
 import time
@@ -22,7 +24,7 @@ from pipeline.infra.kafka import passes
 from pipeline.infra.logs import get_logger
 from pipeline.infra.topics import Topics
 from pipeline.rating.batch import Source
-from pipeline.rating.changelog import unpack_quantity, unpack_seen
+from pipeline.rating.changelog import reached, unpack_quantity, unpack_seen
 from pipeline.rating.manifest import SEEN_ROW_BYTES
 from pipeline.rating.state import PartitionState, Positions
 
@@ -85,19 +87,23 @@ def take(
     )
     try:
         # Step 2.
-        sources = {Source.EVENTS: topics.events, Source.RETRY: topics.retry}
-        offsets = {
-            source: _next_offset(consumer, TopicPartition(topic, partition), stopped)
-            for source, topic in sources.items()
+        sources = {
+            Source.EVENTS: TopicPartition(topics.events, partition),
+            Source.RETRY: TopicPartition(topics.retry, partition),
         }
+        committed = {source: _committed(consumer, tp, stopped) for source, tp in sources.items()}
         # Step 3.
         seen, totals = _restore(consumer, state, topics, partition, stopped)
+        # Step 4.
+        offsets = {source: _believed(source, committed[source], state, tp) for source, tp in sources.items()}
         if state.positions is not None and not any(found.committed for found in offsets.values()):
             raise UsageLost(
                 f"partition {partition} was rated before, but group {group} has no offsets any more: the broker forgot "
                 "them (offsets.retention.minutes, with no rater up for that long). Set them with Kafka's own tools to "
                 "the next_offset of the newest receipts"
             )
+        for source, tp in sources.items():
+            _check_there(consumer, tp, offsets[source].next_offset, stopped)
     finally:
         consumer.close()
     next_offsets = {source: found.next_offset for source, found in offsets.items()}
@@ -112,13 +118,35 @@ class _Offset(NamedTuple):
     next_offset: int
 
 
-def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> _Offset:
+def _committed(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], bool]) -> _Offset:
     # librdkafka asks for stable offsets: it waits while a transaction that moves them is pending.
     committed = until_decided(lambda: consumer.committed([tp], _CALL_TIMEOUT_S), stopped)[0]
     if committed.error is not None:
         raise KafkaException(committed.error)
+    if committed.offset == OFFSET_INVALID:
+        return _Offset(False, None, 0)
+    return _Offset(True, committed.metadata, committed.offset)
+
+
+def _believed(source: Source, committed: _Offset, state: PartitionState, tp: TopicPartition) -> _Offset:
+    """What was committed, or how far the changelogs say the source was processed, where that is further."""
+    known = state.quantity(reached(source))
+    if known is None or known <= committed.next_offset:
+        return committed
+    log.error(
+        "committed_offset_went_back",
+        topic=tp.topic,
+        partition=tp.partition,
+        committed=committed.next_offset if committed.committed else None,
+        processed=known,
+        then="goes on from where the changelogs are",
+    )
+    return _Offset(True, None, known)  # what was noted with another offset says nothing about this one
+
+
+def _check_there(consumer: Consumer, tp: TopicPartition, next_offset: int, stopped: Callable[[], bool]) -> None:
+    """Raises UsageLost where the log does not hold the next offset to process."""
     low, high = _watermarks(consumer, tp, stopped)
-    next_offset = 0 if committed.offset == OFFSET_INVALID else committed.offset
     if next_offset < low:
         raise UsageLost(
             f"{tp.topic}/{tp.partition}: offsets {next_offset} to {low - 1} were deleted before they were rated. "
@@ -130,7 +158,6 @@ def _next_offset(consumer: Consumer, tp: TopicPartition, stopped: Callable[[], b
             f"{tp.topic}/{tp.partition} ends at {high}, but offset {next_offset} was reached already: "
             "the topic was recreated or lost its tail"
         )
-    return _Offset(committed.offset != OFFSET_INVALID, committed.metadata, next_offset)
 
 
 def _restore(

@@ -234,7 +234,7 @@ def test_an_older_producer_cannot_commit_whatever_its_generation(
     with members(deployment) as group:
         membership = group.join()
         take_over("before it begins")
-        with pytest.raises(StateUnknown, match=r"(?i)fenced"):
+        with pytest.raises(StateUnknown, match=r"(?i)fenced|fatal"):
             committer(deployment, old, take_over).commit(batch, outcome, 0, membership, state)
         assert (state.positions, deployment.rows(), deployment.receipts()) == (None, [], [])
         assert deployment.positions(deployment.topics.events) == {0: 0}

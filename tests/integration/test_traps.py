@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaException, Producer, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from pipeline.rating.batch import Source
@@ -243,6 +243,27 @@ def test_an_offset_that_is_being_committed_is_waited_for(deploy: Deploy, state: 
 
 
 # -- when a worker dies
+
+
+def test_an_offset_that_went_back_is_not_believed(deploy: Deploy) -> None:
+    """As a broker that was killed answered once: its offset of a while ago, for what was rated long since."""
+    deployment = deploy(partitions=1)
+    deployment.publish_all()
+    first = deployment.rater()
+    deployment.send(300)
+    deployment.wait_done()
+    first.stop()
+    events, group = deployment.topics.events, f"{deployment.settings.topic_prefix}rater"
+    back = ConsumerGroupTopicPartitions(group, [TopicPartition(events, 0, 100)])
+    admin = AdminClient(deployment.settings.kafka)
+    admin.alter_consumer_group_offsets([back])[group].result(30)
+    assert deployment.positions(events)[0] == 100
+    deployment.send(50)
+    second = deployment.rater()
+    deployment.wait_done()
+    assert second.says("committed_offset_went_back") == 1
+    deployment.check()
+    assert deployment.counts()["duplicates"] == 0
 
 
 def test_after_a_sigkill_the_other_worker_goes_on_within_seconds(deploy: Deploy) -> None:

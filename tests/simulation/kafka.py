@@ -74,6 +74,9 @@ class Group:
     members: set[str] = field(default_factory=set)
     #: Offset and metadata.
     offsets: dict[Place, tuple[int, str]] = field(default_factory=dict)
+    #: What was committed first: a broker that was killed may answer with an offset long past, once.
+    first: dict[Place, tuple[int, str]] = field(default_factory=dict)
+    goes_back: set[Place] = field(default_factory=set)
 
     def offset(self, place: Place) -> int:
         return self.offsets.get(place, (0, ""))[0]
@@ -112,6 +115,7 @@ class Broker:
             self.commits += 1
             if transaction.group is not None:
                 transaction.group.offsets |= transaction.offsets
+                transaction.group.first = transaction.offsets | transaction.group.first
 
     def pass_time(self, milliseconds: int) -> None:
         """Move the clock. A transaction that stays open for too long is aborted, and its producer fenced."""
@@ -311,7 +315,9 @@ class Consumer:
             place = (one.topic, one.partition)
             if any(t.group is self._group and place in t.offsets for t in self._broker.open.values()):
                 raise failure(_TIMEOUT, "committed: a transaction is pending", retriable=True)
-            found.append(TopicPartition(*place, *self._group.offsets.get(place, (OFFSET_INVALID, ""))))
+            offsets = self._group.first if place in self._group.goes_back else self._group.offsets
+            self._group.goes_back.discard(place)
+            found.append(TopicPartition(*place, *offsets.get(place, (OFFSET_INVALID, ""))))
         return found
 
     def get_watermark_offsets(

@@ -14,10 +14,11 @@ from pipeline.core.charges import Charge
 from pipeline.core.plans import Plan
 from pipeline.infra.avro import CORRECTIONS, DEAD_LETTER, EVENTS, RATED, RECEIPTS, frame
 from pipeline.rating.batch import RETRY_FOR_MS
+from pipeline.rating.changelog import reached as processed
 from pipeline.rating.correct import correction_identity
 from tests.rating.world import SCHEMAS, cost
 from tests.simulation.kafka import Entry
-from tests.simulation.world import GROUP, PARTITIONS, TOPICS, World, prices
+from tests.simulation.world import GROUP, PARTITIONS, SOURCES, TOPICS, World, prices
 
 Origin = tuple[int, int]
 
@@ -102,6 +103,9 @@ def _check_changelogs(world: World, partition: int, rows: list[dict[str, Any]]) 
     }
     assert seen == Counter(dict.fromkeys(applied, 1)), "rater.seen is not what was rated"
     totals = _totals(world, partition)
+    for source, topic in SOURCES.items():
+        offset = world.broker.groups[GROUP].offset((topic, partition))
+        assert totals.pop(processed(source), 0) == offset, f"rater.totals is not where the group is on {topic}"
     reached: dict[tuple[Any, ...], int] = {}
     for row in rows:
         key = (row["event"]["account"], row["contract"], row["charge"], row["segment_start"])

@@ -11,6 +11,7 @@ from tests.simulation import laws
 from tests.simulation.world import (
     ACCOUNTS,
     DAY_MS,
+    GROUP,
     HOUR_MS,
     PARTITIONS,
     SECOND_MS,
@@ -149,9 +150,16 @@ class Histories(RuleBasedStateMachine):
         elif fetch == "dropped":
             worker.fetched_to[source, number] += 1
 
-    @rule(index=_INDEX, disk=st.sampled_from(["kept", "kept", "lost", "stale"]), share=st.sampled_from(_SHARES))
-    def kill_rater(self, index: int, disk: str, share: dict[str, list[int]]) -> None:
+    @rule(
+        index=_INDEX,
+        disk=st.sampled_from(["kept", "kept", "lost", "stale"]),
+        share=st.sampled_from(_SHARES),
+        offsets=st.sampled_from(["kept", "kept", "went back"]),
+    )
+    def kill_rater(self, index: int, disk: str, share: dict[str, list[int]], offsets: str) -> None:
         """One is killed, and the group shares its partitions out, to a new one in its place too."""
+        if offsets == "went back":
+            self.world.broker.groups[GROUP].goes_back |= self.world.broker.groups[GROUP].offsets.keys()
         workers = self._workers()
         if workers:
             self.world.crash_worker(workers[index % len(workers)].name, disk)

@@ -90,6 +90,11 @@ def no_restore() -> AbstractContextManager[Any]:
     return patch.object(take, "_restore", lambda *args: (0, 0))
 
 
+def offsets_believed() -> AbstractContextManager[Any]:
+    """The group's offset is believed, whatever the changelogs say."""
+    return patch.object(take, "_believed", lambda source, committed, *rest: committed)
+
+
 def corrections_forgotten() -> AbstractContextManager[Any]:
     """What corrects an event is not known again when it is read again."""
     times = count()
