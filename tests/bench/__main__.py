@@ -19,6 +19,7 @@ from pipeline.infra import embedded
 from pipeline.infra.postgres import migrate
 from pipeline.infra.settings import Settings
 from tests.bench import world
+from tests.bench.backtests import backtests
 from tests.bench.end_to_end import end_to_end, producer
 from tests.bench.figures import RUNS, Figure, Skipped, median
 from tests.bench.raters import catalog, many_keys, rater, scale
@@ -53,6 +54,7 @@ FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "scale": scale,
     "sink": sink,
     "end_to_end": end_to_end,
+    "backtest": backtests,
     "recovery": recovery,
 }
 #: Only when named: each takes many minutes and gigabytes of disk.
