@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
-from psycopg import Connection, OperationalError
+from psycopg import Connection
 from psycopg.rows import class_row
 
 from pipeline.billing.balances import Watched, refresh, stale
@@ -24,22 +23,17 @@ from pipeline.core.periods import to_datetime
 from pipeline.infra import metrics
 from pipeline.infra.avro import ALERTS, load_schemas
 from pipeline.infra.logs import get_logger
-from pipeline.infra.postgres import connect
+from pipeline.infra.outbox import Reached, TopicWriter, run_active
 from pipeline.infra.settings import Settings
-from pipeline.infra.topics import RECORD_BYTES_MAX, Topics
+from pipeline.infra.topics import Topics
 
 log = get_logger(__name__)
 
 #: Per cent of what is allowed at which an alert is raised.
 THRESHOLDS = (50, 80, 100)
 
-#: Told of each step of sending alerts: ``produced``, ``committed``, ``marked``. For tests that stop there.
-Reached: TypeAlias = Callable[[str], None]
-
 #: How often usage is looked at; seconds. So old a balance may be, and what computing it takes.
 _LOOK_S = 1.0
-#: How often a standby looks whether the active one is gone; seconds.
-_STANDBY_S = 0.5
 #: Usage is looked for among lines updated within this time: far longer than a transaction of the sink takes.
 _WITHIN = timedelta(minutes=5)
 #: The part of the time that one account may take: of one whose grants begin and end amid its usage the rows are read.
@@ -50,22 +44,6 @@ _REST_MAX_S = 240.0
 _ACCOUNTS_AT_ONCE = 500
 #: Alerts sent in one transaction.
 _ALERTS_AT_ONCE = 5_000
-#: Waits between attempts while Kafka or PostgreSQL is away, doubling; seconds.
-_BACKOFF_FIRST_S, _BACKOFF_LONGEST_S = 0.25, 10.0
-#: Longest wait for Kafka to answer; seconds.
-_ANSWER_S = 5.0
-#: Longest a transaction may take; seconds.
-_TRANSACTION_S = 15
-#: What waiting does not mend.
-_REFUSED = frozenset(
-    {
-        KafkaError._AUTHENTICATION,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    }
-)
 
 # Raising ------------------------------------------------------------------------------------------------------------
 
@@ -136,24 +114,13 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached = lambda 
     (credentials), ValueError for a published version this program cannot read. These need a person.
     """
     metrics.serve(settings)
-    backoff, away = _BACKOFF_FIRST_S, False
-    while not stop.is_set():
-        try:
-            with connect(settings.dsn, application="alerts", autocommit=True) as connection:
-                if _take_over(connection, stop):
-                    sender = _Sender(settings, connection, reached)
-                    sender.mark_sent()
-                    log.info("back" if away else "active", topic=sender.topic)
-                    backoff, away = _BACKOFF_FIRST_S, False
-                    _follow(connection, sender, stop)
-        except (OperationalError, KafkaException) as error:
-            if isinstance(error, KafkaException) and error.args[0].code() in _REFUSED:
-                raise
-            if not away:
-                log.warning("away", problem=str(error).strip(), then="waits and comes back")
-            away = True
-            stop.wait(backoff)
-            backoff = min(backoff * 2, _BACKOFF_LONGEST_S)
+
+    def begin(connection: "Connection[Any]") -> Callable[[], None]:
+        sender = _Sender(settings, connection, reached)
+        sender.mark_sent()
+        return lambda: _follow(connection, sender, stop)
+
+    run_active(settings, stop, name="alerts", topic=Topics(settings.topic_prefix).alerts, begin=begin)
 
 
 def _follow(connection: "Connection[Any]", sender: "_Sender", stop: threading.Event) -> None:
@@ -193,23 +160,6 @@ class Turns:
         return list(self._until)
 
 
-#: Held by the active worker.
-_LOCK = "hashtextextended('tally.alerts', 0)"
-
-
-def _take_over(connection: "Connection[Any]", stop: threading.Event) -> bool:
-    """Wait until this worker is the active one; False when told to stop before. The lock ends with the connection."""
-    standing_by = False
-    while not stop.is_set():
-        if connection.execute(f"SELECT pg_try_advisory_lock({_LOCK})").fetchone() == (True,):
-            return True
-        if not standing_by:
-            log.info("standing by", until="the active worker is gone")
-            standing_by = True
-        stop.wait(_STANDBY_S)
-    return False
-
-
 class _Alert(NamedTuple):
     """An alert in the outbox: fields of the schema."""
 
@@ -240,77 +190,34 @@ class _Sender:
     """What carries alerts from the outbox to the topic, for as long as both connections hold."""
 
     def __init__(self, settings: Settings, connection: "Connection[Any]", reached: Reached) -> None:
-        topics = Topics(settings.topic_prefix)
-        self.topic = topics.alerts
-        self._kafka = {**settings.kafka, "log_level": 2}  # what is wrong comes as an exception, not on stderr
+        self._writer = TopicWriter(
+            settings, Topics(settings.topic_prefix).alerts, name="alerts", messages_max=_ALERTS_AT_ONCE
+        )
         self._schemas = load_schemas(settings.registry_url)
         self._connection = connection
         self._reached = reached
-        self._producer = Producer(
-            {
-                **self._kafka,
-                "transactional.id": f"{topics.prefix}alerts",
-                "transaction.timeout.ms": _TRANSACTION_S * 1000,
-                "partitioner": "murmur2_random",
-                "compression.type": "lz4",
-                "message.max.bytes": RECORD_BYTES_MAX,
-            }
-        )
-        # Fences a worker that lost its lock without noticing, and ends a transaction it left open.
-        self._producer.init_transactions(_ANSWER_S)
 
     def mark_sent(self) -> None:
         """Mark what is on the topic and was not marked: its sender ended between the two."""
         if self._connection.execute(_SELECT_ANY_WAITING).fetchone() == (True,):
-            self._connection.execute(_MARK, [self._numbers_on_topic()])
+            there = [int(self._schemas.decode(message.value(), ALERTS)["number"]) for message in self._writer.read()]
+            self._connection.execute(_MARK, [there])
 
     def send(self) -> bool:
         """Carry what waits to the topic; False when nothing did.
 
-        1. Produce all of it in one transaction. 2. Commit. 3. Mark it as sent.
+        1. Write all of it in one transaction. 2. Mark it as sent.
         """
         with self._connection.cursor(row_factory=class_row(_Alert)) as cursor:
             waiting = cursor.execute(_SELECT_WAITING, [_ALERTS_AT_ONCE]).fetchall()
         if not waiting:
             return False
         # Step 1.
-        self._producer.begin_transaction()
-        for alert in waiting:
-            self._producer.produce(self.topic, self._schemas.encode(ALERTS, alert._asdict()), alert.account.encode())
-        self._reached("produced")
-        # Step 2. A record the broker refuses fails the commit.
-        self._producer.commit_transaction(_TRANSACTION_S)
-        self._reached("committed")
-        # Step 3.
+        messages = [(alert.account.encode(), self._schemas.encode(ALERTS, alert._asdict())) for alert in waiting]
+        self._writer.write(messages, self._reached)
+        # Step 2.
         self._connection.execute(_MARK, [[alert.number for alert in waiting]])
         self._reached("marked")
         metrics.ALERTS_SENT.inc(len(waiting))
         log.info("sent", alerts=len(waiting), first=waiting[0].number, last=waiting[-1].number)
         return True
-
-    def _numbers_on_topic(self) -> list[int]:
-        """Numbers of all alerts on the topic, read once to its end."""
-        consumer = Consumer(
-            {
-                **self._kafka,
-                "group.id": f"{self.topic}-sender",  # the client wants one; never joined
-                "enable.auto.commit": False,
-                "isolation.level": "read_committed",
-                "enable.partition.eof": True,
-                "fetch.wait.max.ms": 50,
-            }
-        )
-        numbers: list[int] = []
-        try:
-            consumer.assign([TopicPartition(self.topic, 0, OFFSET_BEGINNING)])
-            while True:
-                message = consumer.poll(_ANSWER_S)
-                if message is None:
-                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"{self.topic} does not answer"))
-                if error := message.error():
-                    if error.code() == KafkaError._PARTITION_EOF:
-                        return numbers
-                    raise KafkaException(error)
-                numbers.append(int(self._schemas.decode(message.value(), ALERTS)["number"]))
-        finally:
-            consumer.close()

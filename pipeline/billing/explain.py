@@ -20,7 +20,7 @@ from pipeline.billing.close_entries import StoredLine, read_lines
 from pipeline.billing.intake import PlainReader
 from pipeline.billing.prices import LinePrice, NoPrice, Priced, Prices, read_catalog
 from pipeline.billing.rated import Malformed
-from pipeline.billing.rerate import Month, differences, is_line_of, price_period, prorated
+from pipeline.billing.rerate import Month, differences, is_line_of, price_period
 from pipeline.core.catalog import Segment
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import Charge, Share, compile_amount, event_shares, tier_shares
@@ -340,7 +340,7 @@ def _of_row(prices: Prices, row: Explanation) -> Explanation | None:
     else:
         told |= _difference(found, row, amount)
     told["proved"] = told["difference"] == amount_decimal(amount)
-    if not told["proved"] and (found.segment is None or prorated(found.segment, charge)):
+    if not told["proved"] and (found.segment is None or found.segment.shortens(charge)):
         told["note"] = _CHANGED_SINCE
     return told
 
@@ -498,7 +498,7 @@ def _of_line(connection: "Connection[Any]", line: Explanation) -> Explanation | 
 def _why_not(line: Explanation, found: LinePrice) -> str | None:
     if found.segment is None:
         return "Other prices hold for its events by now: `tally rerate` moves them to a line of their own."
-    if line["price_class"] == "period" or found.charge.minimum is not None or prorated(found.segment, found.charge):
+    if line["price_class"] == "period" or found.charge.minimum is not None or found.segment.shortens(found.charge):
         return "This is the closing price as of now; until the close, or `tally rerate`, the line holds an estimate."
     return None
 

@@ -24,7 +24,7 @@ from psycopg.rows import dict_row
 from pipeline.billing.broker import Log, Run, count_records, logs
 from pipeline.billing.intake import Place
 from pipeline.billing.prices import LinePrice, NoPrice, Priced, Prices
-from pipeline.billing.rerate import missing_entries, prorated
+from pipeline.billing.rerate import missing_entries
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import compile_price
 from pipeline.core.gaps import Cause, Gap, because, when
@@ -455,7 +455,7 @@ def _not_priced(connection: "Connection[Any]", row: Mapping[str, Any], found: Li
     if isinstance(found, str):
         return found
     charge, segment = found.charge, found.segment
-    if segment is not None and prorated(segment, charge):
+    if segment is not None and segment.shortens(charge):
         return None
     sums = [(row["quantity"], row["amount"])]
     if charge.per_subject:

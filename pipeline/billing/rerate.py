@@ -30,7 +30,6 @@ from pipeline.billing.prices import read_catalog
 from pipeline.billing.rated import Terms
 from pipeline.core.aggregation import is_additive
 from pipeline.core.catalog import Catalog, Segment
-from pipeline.core.charges import Charge
 from pipeline.core.money import Quantity
 from pipeline.core.periods import Period, format_instant, local_midnight, month_of
 from pipeline.core.rerating import ClosedLine, ClosedPeriod, carried_event_types, close_period
@@ -265,20 +264,9 @@ def _reasons(closed: ClosedLine, line: StoredLine | None, quantity: Quantity) ->
         return [Cause.BACK_DATED, *limited]
     if closed.price_class == "period":
         return [Cause.PROVISIONAL, *limited]
-    if prorated(closed.segment, closed.charge):
+    if closed.segment.shortens(closed.charge):
         return [Cause.PRORATED, *limited]
     return limited or [Cause.ROWS_DIFFER]
-
-
-def prorated(segment: Segment, charge: Charge) -> bool:
-    """Whether the charge's price depends on how long the segment is, which a later publication may change."""
-    if (segment.start_us, segment.end_us) == (segment.period.start_us, segment.period.end_us):
-        return False
-    return {
-        "none": False,
-        "pool": charge.included > 0,
-        "pool_and_tiers": charge.included > 0 or bool(charge.tiers),
-    }[segment.plan.prorate]
 
 
 def _entry(

@@ -155,7 +155,7 @@ def _place(segment: Segment) -> tuple[str, str, Micros, Micros]:
 
 def _price_of(catalog: Catalog, segment: Segment, charge: str) -> object:
     """All that the price of a charge in a segment depends on, but for usage."""
-    return [(one, meter, segment.pool_of(charge)) for one, meter in _with_meters(catalog, segment) if one.id == charge]
+    return [(one, meter, segment.pool_of(charge)) for one, meter in catalog.metered(segment) if one.id == charge]
 
 
 # Pricing ------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def price_totals(
         return None
     lines: list[PricedLine] = []
     for segment in catalog.segments(account, period.start_us, period.end_us):
-        counting = _with_meters(catalog, segment)
+        counting = catalog.metered(segment)
         priced = [(charge, meter) for charge, meter in counting if charge.id in charges]
         if any(meter is not None and class_in(segment, charge, meter) != "running" for charge, meter in priced):
             return None
@@ -220,7 +220,7 @@ def split_for(catalog: Catalog, account: str, period: Period, charges: Collectio
     names: set[str] = set()
     subjects = False
     for segment in segments:
-        for charge, meter in _with_meters(catalog, segment):
+        for charge, meter in catalog.metered(segment):
             if charge.id not in charges or meter is None:
                 continue
             if class_in(segment, charge, meter) != "running":
@@ -251,7 +251,7 @@ def _held(today: Catalog, account: str, period: Period, totals: Iterable[Total])
             if not segment.start_us <= total.first_event_us <= total.last_event_us < segment.end_us:
                 return None
         if segment is not None:
-            held.append(_Held(_with_meters(today, segment), here))
+            held.append(_Held(today.metered(segment), here))
     return held
 
 
@@ -334,16 +334,6 @@ def _meters_by_type(charges: Iterable[tuple[Charge, Meter | None]]) -> dict[str,
         if meter is not None:
             by_type[meter.event_type].add(meter.id)
     return by_type
-
-
-def _with_meters(catalog: Catalog, segment: Segment) -> list[tuple[Charge, Meter | None]]:
-    """The segment's charges with the meter that counts at its end; without those whose meter begins only later."""
-    found: list[tuple[Charge, Meter | None]] = []
-    for charge in segment.charges:
-        meter = None if charge.meter is None else catalog.meter(charge.meter, segment.end_us - 1)
-        if meter is not None or charge.meter is None:
-            found.append((charge, meter))
-    return found
 
 
 # Comparing ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,13 @@ class Segment:
         """The pool a charge draws from."""
         return next((pool for pool in self.pools if charge in pool.charges), None)
 
+    def shortens(self, charge: Charge) -> bool:
+        """Was something of the charge shortened with the segment? A later publication may cut both once more."""
+        prorate = self.plan.prorate
+        if prorate == "none" or (self.start_us, self.end_us) == (self.period.start_us, self.period.end_us):
+            return False
+        return charge.included > 0 or (prorate == "pool_and_tiers" and bool(charge.tiers))
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -170,6 +177,15 @@ class Catalog:
         timeline = self._meters.get(id)
         found = timeline.at(at_us) if timeline else None
         return found[0] if found else None
+
+    def metered(self, segment: Segment) -> list[tuple[Charge, Meter | None]]:
+        """The segment's charges with the meter that counts at its end; without those whose meter begins only later."""
+        found: list[tuple[Charge, Meter | None]] = []
+        for charge in segment.charges:
+            meter = None if charge.meter is None else self.meter(charge.meter, segment.end_us - 1)
+            if meter is not None or charge.meter is None:
+                found.append((charge, meter))
+        return found
 
     def terms(self, account: str, event_type: str, at_us: Micros) -> Terms | Rejection:
         """The terms for an event of this account and type at this time, and for how long around it they hold.

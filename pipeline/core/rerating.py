@@ -108,7 +108,7 @@ def close_period(
 def carried_event_types(catalog: Catalog, account: str, period: Period) -> frozenset[str]:
     """Event types whose earlier events matter in the period, since a charge's meter carries over."""
     segments = catalog.segments(account, period.start_us, period.end_us)
-    meters = (meter for segment in segments for _, meter in _with_meters(catalog, segment) if meter is not None)
+    meters = (meter for segment in segments for _, meter in catalog.metered(segment) if meter is not None)
     return frozenset(meter.event_type for meter in meters if meter.carries_over)
 
 
@@ -158,7 +158,7 @@ class _Finder:
         if isinstance(terms, Rejection):
             return terms
         # The meters that count within a segment all make one quantity of its events in the same way.
-        closing = {charge.id: meter for charge, meter in _with_meters(self._catalog, terms.segment)}
+        closing = {charge.id: meter for charge, meter in self._catalog.metered(terms.segment)}
         ways = tuple(
             _way(charge, meter, summed=class_in(terms.segment, charge, closing[charge.id]) == "running")
             for charge, meter in terms.priced
@@ -236,7 +236,7 @@ def _counter(use: Use, way: _Way) -> Counter:
 
 def _close_segment(catalog: Catalog, segment: Segment, counters: _Counters, levels: "_Levels") -> list[ClosedLine]:
     """The segment's lines, in the plan's order of charges, then by cell."""
-    charges = _with_meters(catalog, segment)
+    charges = catalog.metered(segment)
     openings = levels.before(charges)
     usage = {counter: gathered.as_members(segment.start_us) for counter, gathered in counters.items()}
     span = Span(segment.start_us, segment.end_us, segment.period)
@@ -278,16 +278,6 @@ def _line(
         quantities,
         dict(sorted(closings.items(), key=lambda item: item[0])),
     )
-
-
-def _with_meters(catalog: Catalog, segment: Segment) -> list[tuple[Charge, Meter | None]]:
-    """The segment's charges with the meter that counts at its end; without those whose meter begins only later."""
-    found: list[tuple[Charge, Meter | None]] = []
-    for charge in segment.charges:
-        meter = None if charge.meter is None else catalog.meter(charge.meter, segment.end_us - 1)
-        if meter is not None or charge.meter is None:
-            found.append((charge, meter))
-    return found
 
 
 #: What a level belongs to: the meter, and how charges split it.

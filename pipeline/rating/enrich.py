@@ -153,7 +153,7 @@ class TermsView:
         pool = segment.pool_of(charge.id)
         shared = None if pool is None else PoolCounter(_pool_counter(segment, pool.id), pool.included)
         price_class = charge_class(charge, meter, pooled=pool is not None)
-        if price_class == "running" and _is_prorated(segment, charge):
+        if price_class == "running" and segment.shortens(charge):
             price_class = "period"
 
         def make(values: tuple[str, ...], subject: bytes | None) -> Priced | Ruled | Rejection:
@@ -221,14 +221,6 @@ def enrich(events: list[Event], view: TermsView) -> tuple[list[tuple[Event, Rati
             assert isinstance(terms, Rejection)
             refused.append(Refused(event.record, terms, event.account, event.key, event.event_type, event.timestamp_us))
     return known, refused
-
-
-def _is_prorated(segment: Segment, charge: Charge) -> bool:
-    """Was something of the charge shortened with the segment? Should that be cut once more, it is shortened again."""
-    prorate, period = segment.plan.prorate, segment.period
-    if prorate == "none" or segment.trial or (segment.start_us, segment.end_us) == (period.start_us, period.end_us):
-        return False
-    return charge.included > 0 or (prorate == "pool_and_tiers" and bool(charge.tiers))
 
 
 def _pool_counter(segment: Segment, pool: str) -> bytes:

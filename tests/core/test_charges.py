@@ -406,6 +406,8 @@ def tiered(draw: st.DrawFn) -> Charge:
     )
 
 
+#: A block longer than a tier is refused.
+valid_tiered = tiered().filter(lambda charge: not charge_faults(charge))
 charges = st.one_of(
     st.builds(
         Charge,
@@ -427,7 +429,7 @@ charges = st.one_of(
         min_packages=st.integers(0, 3),
         maximum=maximums,
     ),
-    tiered(),
+    valid_tiered,
 )
 
 
