@@ -6,6 +6,8 @@ lag tools. Whatever goes wrong with a batch, the answer is one: drop it, leave t
 the table.
 """
 
+import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -46,12 +48,21 @@ _BROKER_ANSWER_S = 10.0
 _ASK_AGAIN_S = 0.1
 #: Time between two looks at the lag, seconds.
 _LAG_EVERY_S = 5.0
+#: How often the consumer says how it stands with its group, seconds.
+_MEMBERSHIP_EVERY_S = 2.0
+#: A consumer out of its group for longer gives way to a new one, seconds. Finding the coordinator and joining take
+#: well under a second; a broker that comes back needs 5 to 15 s, and a new consumer then costs nothing.
+OUT_OF_GROUP_S = 20.0
 
 log = get_logger(__name__)
 
 
 class LogTruncated(Exception):
     """A partition's log does not hold the stored position: records that were never written to Postgres are gone."""
+
+
+class OutOfGroup(Exception):
+    """The consumer has lost its group and does not come back by itself."""
 
 
 def run(settings: Settings, stop: threading.Event, *, reached: Reached | None = None) -> None:
@@ -88,6 +99,8 @@ def run(settings: Settings, stop: threading.Event, *, reached: Reached | None = 
             if not passes(cause := cast(KafkaError, error.args[0])):
                 raise
             sink.kafka_gone(cause)
+        except OutOfGroup as error:
+            sink.out_of_group(error)
         if sink.batches > committed:
             backoff = _BACKOFF_FIRST_S
         stop.wait(backoff)
@@ -109,6 +122,7 @@ class _Sink:
         self._positions: dict[Place, int] = {}
         self._writing: tuple[Batch, Future[Written]] | None = None
         self._kafka_away = False
+        self._membership = Membership()
 
     def session(self) -> None:
         """Join the group and write until stopped. Raises what ends it; nothing of an unfinished batch stays.
@@ -124,7 +138,8 @@ class _Sink:
             prepare(connection)
             intake, lines = Intake(topics, self._schemas), Lines()
             self._ahead(connection)
-            consumer = Consumer(_consumer_config(self._settings, self._on_error))
+            self._membership = Membership()
+            consumer = Consumer(_consumer_config(self._settings, self._on_error, self._membership.told))
             try:
                 consumer.subscribe(
                     [topics.rated, topics.receipts, topics.retry, topics.dead_letter, topics.controls],
@@ -142,6 +157,7 @@ class _Sink:
                         self._begin(thread, connection, batch, lines)
                     elif self._kafka_away:
                         self._look_for_kafka(consumer)
+                    self._membership.check()
                     if time.monotonic() >= look_at_lag:
                         self._show_lag(consumer)
                         look_at_lag = time.monotonic() + _LAG_EVERY_S
@@ -273,6 +289,10 @@ class _Sink:
             self._kafka_away = True
             log.warning("away", service="Kafka", problem=error.str(), then="waits and comes back")
 
+    def out_of_group(self, error: OutOfGroup) -> None:
+        if not self._kafka_away:  # else it was said why
+            log.warning("out of group", problem=str(error), then="comes back with a new consumer")
+
     def _look_for_kafka(self, consumer: Consumer) -> None:
         with suppress(KafkaException):
             consumer.list_topics(self._topics.rated, timeout=1.0)
@@ -299,6 +319,34 @@ class _Sink:
         self._months |= months
 
 
+class Membership:
+    """Whether a consumer is in its group, by what librdkafka says of itself.
+
+    It rejoins by itself, but not always: told by a broker that it is no longer the coordinator, librdkafka 2.16 may
+    wait for a connection to ask others on that it never opens ("no broker available for coordinator query"; 7 minutes
+    and on in a chaos run). The broker is there, the process lives, and nothing is read.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._out_since: float | None = None
+        self._states = ""
+
+    def told(self, statistics: str) -> None:
+        """What ``stats_cb`` is called with. Waiting for the group's other members counts as being in it."""
+        group = json.loads(statistics)["cgrp"]
+        if group["state"] == "up" and group["join_state"] not in ("init", "wait-metadata"):
+            self._out_since = None
+        elif self._out_since is None:
+            self._out_since = self._now_s()
+        self._states = f"{group['state']}, {group['join_state']}"
+
+    def check(self) -> None:
+        """Raises OutOfGroup when the consumer has been out of its group for longer than OUT_OF_GROUP_S."""
+        if self._out_since is not None and (out := self._now_s() - self._out_since) > OUT_OF_GROUP_S:
+            raise OutOfGroup(f"for {out:.0f} s, in the states {self._states}")
+
+
 _DAY_US = 24 * 60 * 60 * 1_000_000
 
 
@@ -314,10 +362,13 @@ def _by_topic(places: list[Place]) -> dict[str, list[int]]:
     return by_topic
 
 
-def _consumer_config(settings: Settings, on_error: Callable[[KafkaError], None]) -> dict[str, Any]:
+def _consumer_config(
+    settings: Settings, on_error: Callable[[KafkaError], None], on_statistics: Callable[[str], None]
+) -> dict[str, Any]:
     return settings.kafka | {
         "group.id": settings.topic_prefix + "sink",
-        "client.id": "tally-sink",
+        # `tally status` names a group's members by it: which process is there, and which is not.
+        "client.id": f"tally-sink-{os.getpid()}",
         # What a rater has not committed does not exist.
         "isolation.level": "read_committed",
         # Positions are PostgreSQL's: nothing is read on from Kafka's, nothing skips to an end of the log.
@@ -328,6 +379,8 @@ def _consumer_config(settings: Settings, on_error: Callable[[KafkaError], None])
         "session.timeout.ms": int(settings.session_timeout * 1000),
         "fetch.wait.max.ms": int(BATCH_WAIT_S * 1000),
         "error_cb": on_error,
+        "statistics.interval.ms": int(_MEMBERSHIP_EVERY_S * 1000),
+        "stats_cb": on_statistics,
     }
 
 

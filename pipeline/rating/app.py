@@ -343,6 +343,7 @@ def _faust_app(settings: Settings, group: str) -> faust.App:
     datadir.mkdir(parents=True, exist_ok=True)
     app = faust.App(
         group,
+        broker_client_id=f"tally-rater-{os.getpid()}",  # `tally status` names the group's members by it
         broker=[f"kafka://{address.strip()}" for address in (settings.kafka_bootstrap or "").split(",")],
         broker_credentials=_credentials(settings),
         datadir=datadir,

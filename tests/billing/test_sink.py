@@ -1,5 +1,6 @@
 """The sink on real Kafka and PostgreSQL: each row once, whatever dies, repeats, arrives late or does not decode."""
 
+import json
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from confluent_kafka.admin import AdminClient
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
+from pipeline.billing import sink
 from pipeline.billing.commit import Step
 from pipeline.billing.sink import LogTruncated
 from pipeline.core.charges import Charge
@@ -22,6 +24,7 @@ from pipeline.infra.avro import RATED, Record
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import ensure_topics
+from tests.billing.detour import Detour
 from tests.billing.rater import SCHEMAS, Rater
 from tests.billing.records import (
     JUNE,
@@ -388,16 +391,93 @@ def test_reads_only_what_was_committed(settings: Settings, rater: Rater) -> None
 # -- what does not fit
 
 
-def test_a_row_of_a_period_that_is_not_open_is_quarantined(settings: Settings, rater: Rater) -> None:
+def by_supplement(settings: Settings) -> list[tuple[Any, ...]]:
+    """Per line: account, supplement and its state, charge, events, quantity."""
+    return query(
+        settings,
+        """SELECT account, supplement, state::text, charge, events, quantity::int
+        FROM billing.invoice_line JOIN billing.invoice ON invoice.id = invoice_id ORDER BY 1, 2, 4""",
+    )
+
+
+def test_usage_of_a_closed_period_goes_to_its_next_supplement(settings: Settings, rater: Rater) -> None:
+    """By a sink that had its lines, by a new one, and once more when the supplement is closed; repeats open none."""
+    with running_sink(settings) as thread:
+
+        def commit(*records: Record, rows: int) -> None:
+            with rater.transaction():
+                rater.rated(records)
+            wait_until(lambda: count(settings, "billing.rated_usage") == rows, f"{rows} rows", thread)
+
+        commit(*usage("acct", 5), *usage("other", 1), rows=12)
+        query(settings, "UPDATE billing.invoice SET state = 'issued' WHERE account = 'acct' RETURNING id")
+        new_charge = rated_record(account="acct", key="k5", charge="requests")
+        commit(*usage("acct", 3, start=4), new_charge, *usage("other", 1, start=1), rows=19)  # k4 is repeated
+    closed = [("acct", 0, "issued", charge, 5, 10) for charge in ("input", "output")]
+    other = [("other", 0, "open", charge, 2, 1) for charge in ("input", "output")]
+    first = [("acct", 1, "open", charge, 2, 11) for charge in ("input", "output")]
+    assert by_supplement(settings) == [*closed, *first, ("acct", 1, "open", "requests", 1, 1), *other]
+    query(settings, "UPDATE billing.invoice SET state = 'issued' WHERE account = 'acct' RETURNING id")
+    write(settings, rater, lambda: rater.rated([*usage("acct", 7), *usage("acct", 1, start=7)]), 21)
+    second = [("acct", 2, "open", charge, 1, 7) for charge in ("input", "output")]
+    assert [line for line in by_supplement(settings) if line[1] == 2] == second
+    assert quarantined(settings) == {"already_billed": 16}
+    assert_lines_are_sums_of_rows(settings)
+
+
+def test_repeats_of_a_closed_period_open_no_supplement(settings: Settings, rater: Rater) -> None:
     write(settings, rater, lambda: rater.rated(usage("acct", 5)), 10)
-    before = totals(settings)
     query(settings, "UPDATE billing.invoice SET state = 'issued' RETURNING id")
-    late = [*usage("acct", 2, start=5), rated_record(account="acct", key="new charge", charge="requests")]
-    write(settings, rater, lambda: rater.rated([*late, *usage("other", 1)]), 12)
-    assert [line for line in totals(settings) if line[0] == "acct"] == before
-    assert quarantined(settings) == {"period_closed": 5}
-    kept = query(settings, "SELECT value FROM billing.quarantine ORDER BY rated_offset")
-    assert kept == [(SCHEMAS.encode(RATED, record),) for record in late]
+    with rater.transaction():
+        rater.rated(usage("acct", 5))
+    with running_sink(settings) as thread:
+        wait_until(lambda: count(settings, "billing.quarantine") == 10, "the repeats", thread)
+    assert quarantined(settings) == {"already_billed": 10}
+    assert count(settings, "billing.invoice") == 1
+
+
+@pytest.mark.parametrize("closes", ["while the sink waits for it", "before the sink comes to it"])
+def test_a_close_beside_the_sink_loses_nothing(settings: Settings, rater: Rater, closes: str) -> None:
+    """A close holds what the sink is about to write to: the sink waits, then opens the supplement."""
+    with running_sink(settings) as thread:
+        with rater.transaction():
+            rater.rated(usage("acct", 2))
+        wait_until(lambda: count(settings, "billing.rated_usage") == 4, "the first rows", thread)
+        with connect(settings.dsn, application="close") as close:
+            close.execute("SELECT FROM billing.invoice ORDER BY id FOR NO KEY UPDATE")
+            close.execute("UPDATE billing.invoice SET state = 'issued'")
+            if closes.startswith("before"):
+                close.commit()
+            with rater.transaction():
+                rater.rated(usage("acct", 2, start=2))
+            if closes.startswith("while"):
+                wait_until(lambda: waiting(settings), "the sink to wait for the close", thread)
+                assert count(settings, "billing.rated_usage") == 4
+        wait_until(lambda: count(settings, "billing.rated_usage") == 8, "the late rows", thread)
+    assert [(line[1], line[4]) for line in by_supplement(settings)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert_lines_are_sums_of_rows(settings)
+
+
+def waiting(settings: Settings) -> bool:
+    statement = """SELECT 1 FROM pg_stat_activity
+        WHERE datname = current_database() AND application_name = 'tally-sink' AND wait_event_type = 'Lock'"""
+    return bool(query(settings, statement))
+
+
+@pytest.mark.parametrize("step", [Step.LINES_LOCKED, Step.LINES_MOVED, Step.COMMITTED])
+def test_a_sink_that_dies_with_late_usage_bills_it_once(settings: Settings, rater: Rater, step: Step) -> None:
+    write(settings, rater, lambda: rater.rated(usage("acct", 2)), 4)
+    query(settings, "UPDATE billing.invoice SET state = 'issued' RETURNING id")
+    with rater.transaction():
+        rater.rated(usage("acct", 3, start=2))
+    dying = start_dying_sink(settings, step)
+    assert dying.wait(60) == -signal.SIGKILL
+    with running_sink(settings) as thread:
+        wait_until(lambda: count(settings, "billing.rated_usage") == 10, "the late rows", thread)
+    assert [(line[1], line[4]) for line in by_supplement(settings)] == [(0, 2), (0, 2), (1, 3), (1, 3)]
+    assert count(settings, "billing.invoice") == 2
+    assert count(settings, "billing.quarantine") == 0
+    assert_lines_are_sums_of_rows(settings)
 
 
 def test_poison_on_any_topic_stops_nothing(settings: Settings, rater: Rater) -> None:
@@ -494,6 +574,45 @@ def test_waits_for_a_broker_that_is_not_there(settings: Settings) -> None:
 
 
 # -- accounting
+
+
+def test_a_consumer_that_stays_out_of_its_group_gives_way_to_a_new_one(
+    settings: Settings, rater: Rater, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first consumer's way to the broker leads nowhere, until the sink says that it has made another."""
+    monkeypatch.setattr(sink, "OUT_OF_GROUP_S", 1.0)
+    monkeypatch.setattr(sink, "_MEMBERSHIP_EVERY_S", 0.2)
+    with rater.transaction():
+        rater.rated(usage("acct-1", 3))
+    with Detour(str(settings.kafka_bootstrap)) as detour, capture_logs() as logs:
+        through = settings.model_copy(update={"kafka_bootstrap": detour.address})
+        with running_sink(through) as thread:
+            wait_until(lambda: any(log["event"] == "out of group" for log in logs), "the sink to notice", thread)
+            assert count(settings, "billing.rated_usage") == 0
+            detour.open()
+            wait_until(lambda: count(settings, "billing.rated_usage") == 6, "rows", thread)
+    assert not [log for log in logs if log["event"] == "away"]  # the broker was never away
+
+
+def test_what_is_out_of_the_group() -> None:
+    now = 0.0
+    membership = sink.Membership(lambda: now)
+
+    def after(seconds: float, state: str, join_state: str) -> None:
+        nonlocal now
+        now += seconds
+        membership.told(json.dumps({"cgrp": {"state": state, "join_state": join_state}}))
+        membership.check()
+
+    after(0, "init", "init")
+    after(sink.OUT_OF_GROUP_S, "query-coord", "init")
+    after(1, "up", "wait-join")  # for the other members
+    after(2 * sink.OUT_OF_GROUP_S, "up", "wait-sync")
+    after(2 * sink.OUT_OF_GROUP_S, "up", "steady")
+    after(2, "up", "init")
+    after(sink.OUT_OF_GROUP_S, "up", "wait-metadata")
+    with pytest.raises(sink.OutOfGroup, match="for 21 s, in the states query-coord, init"):
+        after(1, "query-coord", "init")
 
 
 def test_receipts_sequences_and_resolutions(settings: Settings, rater: Rater) -> None:

@@ -1,6 +1,7 @@
 """Price changes under four eyes, on a real PostgreSQL."""
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -220,6 +221,7 @@ def test_an_approval_that_comes_too_late_decides_nothing(launched: Settings, pri
 def test_back_to_an_earlier_version(launched: Settings, prices: Read) -> None:
     approve(launched.dsn, proposed(launched, prices(DEARER)), actor="bob")
     approve(launched.dsn, proposed(launched, prices(PRICES.replace("0.10", "0.30"))), actor="bob")
+    time.sleep(1)  # the newest counts in less than the 60 s of notice by now: nothing can take its place any more
     with connect(launched.dsn, application="test") as connection:
         before_last = earlier(connection, [("plan", "standard")], version=None)
         first = earlier(connection, [("plan", "standard")], version=1)

@@ -267,14 +267,20 @@ def test_a_relay_waits_for_kafka_and_says_so_once(settings: Settings) -> None:
     """Its own process, so that what it says is seen as a person sees it."""
     publish_demo(settings)
     environment = {**environment_of(settings), "TALLY_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
-    argv = [sys.executable, "-m", "pipeline.cli", "relay"]
+    program = "from pipeline.infra import outbox; from pipeline.cli import main; outbox._ANSWER_S = 0.5; main()"
+    argv = [sys.executable, "-c", program, "relay"]
     with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        kill = threading.Timer(60, process.kill)
+        kill.start()
         try:
-            time.sleep(13)  # two attempts of 5 seconds
+            said = next((line for line in process.stderr if "away" in line), "")
+            time.sleep(3)  # two more attempts, of half a second each and a pause before
             assert process.poll() is None, "it waits"
         finally:
             process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=30)[1]
+            said += process.communicate(timeout=30)[1]
+            kill.cancel()
     assert process.returncode == 0
     assert said.count("away") == 1, said
     assert "Traceback" not in said

@@ -137,6 +137,7 @@ class Run:
         self._floods = 0
         self._refused: dict[bytes | None, str] = {}
         self._publishing: list[threading.Thread] = []
+        self._absent: list[str] = []
         self._lock = threading.Lock()
 
     # -- the beginning
@@ -362,7 +363,8 @@ class Run:
                 self._check()
                 time.sleep(0.3)
         if waits:
-            self._problems.append(f"stuck: waited {_DRAIN_S:g} s for {waits[0][0]}; {self._watch.status()}")
+            who = f" ({', '.join(self._absent)})" if self._absent else ""
+            self._problems.append(f"stuck: waited {_DRAIN_S:g} s for {waits[0][0]}{who}; {self._watch.status()}")
         self._drained_s = time.monotonic() - began
         say(f"at rest after {self._drained_s:.1f} s: {self._watch.status()}")
 
@@ -375,18 +377,28 @@ class Run:
         return row == (0,)
 
     def _all_at_work(self) -> bool:
-        """Is every worker a member of its group, and every partition someone's?"""
+        """Is every worker a member of its group, and nobody else?"""
+        try:
+            self._absent = self._not_at_work()
+        except KafkaException as error:
+            self._absent = [str(error)]
+        return not self._absent
+
+    def _not_at_work(self) -> list[str]:
+        """Workers that are no member of their group, and members that are no worker. A client id ends with the pid."""
         admin = AdminClient(self.settings.kafka)
+        found = []
         for kind in ("rater", "sink"):
             group = f"{self.settings.topic_prefix}{kind}"
-            there = sum(name.startswith(kind) for name in self.fleet.names)
-            try:
-                members = admin.describe_consumer_groups([group])[group].result(10).members
-            except KafkaException:
-                return False
-            if len(members) != there:
-                return False
-        return True
+            members = admin.describe_consumer_groups([group])[group].result(10).members
+            there = Counter(member.client_id for member in members)
+            for name in self.fleet.names:
+                if name.startswith(kind):
+                    client_id = f"tally-{kind}-{self.fleet.pid(name)}"
+                    if there.pop(client_id, 0) != 1:
+                        found.append(f"{name} as {client_id} is not in its group")
+            found += [f"{client_id} is in the group and no {kind}" for client_id in there]
+        return found
 
     def judge(self) -> tuple[Summary, list[str]]:
         options = self._options
