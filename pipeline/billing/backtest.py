@@ -20,7 +20,7 @@ from psycopg import Connection
 
 from pipeline.billing.members import read_earlier, read_uses
 from pipeline.billing.prices import read_prices, with_accounts
-from pipeline.billing.rerate import Month
+from pipeline.billing.rerate import Month, periods_of
 from pipeline.core.backtests import (
     Compared,
     PricedLine,
@@ -40,7 +40,7 @@ from pipeline.core.documents import Item
 from pipeline.core.meters import Meter
 from pipeline.core.money import QUANTITY_DECIMALS, scaled
 from pipeline.core.periods import Period, to_datetime, to_micros
-from pipeline.core.rerating import Use, carried_event_types, close_period
+from pipeline.core.rerating import Use, carried_event_types, close_period, first_moment
 from pipeline.infra.postgres import connect
 
 Way: TypeAlias = Literal["unconcerned", "totals", "events"]
@@ -55,7 +55,7 @@ _HELD_EVENTS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Backtested:
-    """One account's month, before and after. With a problem there are no prices: it says what stands in the way."""
+    """An account's billing period, before and after. With a problem there are no prices: it says what is in the way."""
 
     account: str
     period: Period
@@ -117,12 +117,12 @@ def _run(tasks: Sequence[_Task], jobs: int) -> Iterator[list[Backtested]]:
             yield future.result()
 
 
-# Every account of the catalog: one without usage may owe a fee. Events only steer: an account's own month begins up to
-# a day beside that of UTC.
+# Every account of the catalog: one without usage may owe a fee. Events only steer: an account's own month ends up to a
+# day beside that of UTC.
 _SELECT_ACCOUNTS = """
 SELECT account.id, coalesce(sum(line.events), 0)
 FROM (SELECT DISTINCT id FROM billing.catalog_version WHERE kind = 'account') AS account
-LEFT JOIN billing.invoice ON invoice.account = account.id AND invoice.period_start BETWEEN %s AND %s
+LEFT JOIN billing.invoice ON invoice.account = account.id AND invoice.period_end > %s AND invoice.period_end <= %s
 LEFT JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
 GROUP BY account.id ORDER BY account.id
 """
@@ -130,11 +130,12 @@ GROUP BY account.id ORDER BY account.id
 
 def _portions(dsn: str, month: Month) -> tuple[list[tuple[str, ...]], int]:
     """The accounts in portions of similar size, and the rated rows of all."""
-    start = to_datetime(month.period_in("UTC").start_us)
+    span = month.period_in("UTC")
+    edges = [to_datetime(span.start_us) + _DAY, to_datetime(span.end_us) + _DAY]
     portions: list[list[str]] = [[]]
     total = portion = 0
     with connect(dsn, application="backtest") as connection:
-        for account, events in connection.execute(_SELECT_ACCOUNTS, [start - _DAY, start + _DAY]):
+        for account, events in connection.execute(_SELECT_ACCOUNTS, edges):
             if portions[-1] and (len(portions[-1]) >= _PORTION_ACCOUNTS or portion + events > _PORTION_EVENTS):
                 portions.append([])
                 portion = 0
@@ -145,7 +146,6 @@ def _portions(dsn: str, month: Month) -> tuple[list[tuple[str, ...]], int]:
 
 
 _DAY = timedelta(days=1)
-_DAY_US = _DAY // timedelta(microseconds=1)
 
 
 def _portion(task: _Task) -> list[Backtested]:
@@ -153,25 +153,30 @@ def _portion(task: _Task) -> list[Backtested]:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         prices = read_prices(connection)
-        wide = task.month.period_in("UTC")
-        items = differing(prices, task.items, wide.start_us - _DAY_US, wide.end_us + _DAY_US)
-        today, candidate = (
-            with_accounts(connection, Catalog.empty().extend(entries, 0), task.accounts)
-            for entries in (prices, with_candidates(prices, items))
-        )
+        today = with_accounts(connection, Catalog.empty().extend(prices, 0), task.accounts)
+        periods = [
+            (account, period)
+            for account in task.accounts
+            for period in periods_of(connection, today, account, task.month)
+        ]
+        if not periods:
+            return []
+        first_us, last_us = min(period.start_us for _, period in periods), max(period.end_us for _, period in periods)
+        items = differing(prices, task.items, first_us, last_us)
+        candidate = with_accounts(connection, Catalog.empty().extend(with_candidates(prices, items), 0), task.accounts)
         changed = frozenset(item.id for item in items if isinstance(item, Meter))
-        return [_account(connection, today, candidate, account, task, changed) for account in task.accounts]
+        return [_period(connection, today, candidate, *one, task, changed) for one in periods]
 
 
-def _account(
+def _period(
     connection: "Connection[Any]",
     today: Catalog,
     candidate: Catalog,
     account: str,
+    period: Period,
     task: _Task,
     changed: frozenset[str],
 ) -> Backtested:
-    period = task.month.period_in(today.accounts[account].time_zone)
     totals, events = _read_totals(connection, account, period)
     charges = everything(today, candidate, account, period) if task.whole else moving(today, candidate, account, period)
     if not charges:
@@ -179,16 +184,14 @@ def _account(
     unpriced = [0, 0]
     sides: list[list[PricedLine]] = []
     ways: set[Way] = set()
-    uses = _Uses(connection, account, period, events)
+    uses = _Uses(connection, account, period, events, (today, candidate))
     try:
         for n, catalog in enumerate((today, candidate)):
-            lines = None
+            lines, anew = None, changed if n else frozenset[str]()
             if totals is not None:
-                price = partial(
-                    price_totals, today, catalog, account, period, charges=charges, changed=changed if n else ()
-                )
+                price = partial(price_totals, today, catalog, account, period, charges=charges, changed=anew)
                 lines = price(totals)
-                if lines is None and (split := split_for(catalog, account, period, charges)) is not None:
+                if lines is None and (split := split_for(catalog, account, period, charges, anew)) is not None:
                     lines = price(_read_parts(connection, account, period, split))
             ways.add("events" if lines is None else "totals")
             if lines is None:
@@ -203,25 +206,37 @@ def _account(
 class _Uses:
     """An account's stored events of a period, read once where they fit into memory."""
 
-    def __init__(self, connection: "Connection[Any]", account: str, period: Period, events: int) -> None:
-        self._connection, self._account, self._period = connection, account, period
+    def __init__(
+        self, connection: "Connection[Any]", account: str, period: Period, events: int, catalogs: Iterable[Catalog]
+    ) -> None:
+        """``catalogs`` are all that may price them."""
+        self._connection, self._account, self._period, self._events = connection, account, period, events
+        self._catalogs = tuple(catalogs)
         self._held: list[Use] | None = None
-        self._hold = events <= _HELD_EVENTS
 
     def price(self, catalog: Catalog, charges: Collection[str]) -> tuple[list[PricedLine], int]:
         """These charges by the catalog, event by event; and how many events it has no price for."""
-        where = self._connection, self._account, self._period
-        types = carried_event_types(catalog, self._account, self._period)
-        earlier = read_earlier(*where, types) if types else ()
-        closed = close_period(catalog, self._account, self._period, self._read(), earlier)
+        where = self._account, self._period
+        types = carried_event_types(catalog, *where)
+        before_us = first_moment(catalog, *where)
+        earlier: Iterable[Use] = ()
+        if types:
+            earlier = read_earlier(self._connection, self._account, before_us, types, self._names())
+        closed = close_period(catalog, *where, self._read(), earlier)
         return priced_lines(closed, charges), len(closed.refused)
 
     def _read(self) -> Iterable[Use]:
-        if not self._hold:
-            return read_uses(self._connection, self._account, self._period)
-        if self._held is None:
-            self._held = list(read_uses(self._connection, self._account, self._period))
+        if self._held is not None:
+            return self._held
+        uses = read_uses(self._connection, self._account, self._period, self._names(), rows=self._events)
+        if self._events > _HELD_EVENTS:
+            return uses
+        self._held = list(uses)
         return self._held
+
+    def _names(self) -> frozenset[str]:
+        within = self._account, self._period.start_us, self._period.end_us
+        return frozenset[str]().union(*(one.properties_read(one.segments(*within)) for one in self._catalogs))
 
 
 # A line that close entries gave or took quantity no longer holds the sum of its own events.

@@ -77,6 +77,8 @@ def _event(found: Explanation) -> Iterable[RenderableType]:
     if found["state"] == "duplicate":
         facts.append(("repeats", ", ".join(sorted({row["origin"] for row in found["rows"]}))))
     yield _panel(name, _facts(facts))
+    for correction in found["corrections"]:
+        yield _correction(correction)
     for row in found["rows"]:
         yield _rated(row)
     for unrated in found["unrated"]:
@@ -113,6 +115,30 @@ def _rated(row: Explanation) -> Panel:
     content: list[RenderableType] = [_facts(facts), *_row_arithmetic(row)]
     entry = "" if row["kind"] == "usage" else f", {row['kind']} {row['entry']}"
     return _panel(f"charge {_charge(row)}{entry}", Group(*content))
+
+
+def _correction(one: Explanation) -> Panel:
+    why = ": ".join(text for text in (one["reason_code"].replace("_", " "), one["note"]) if text)
+    facts = [
+        ("decided", f"{_time(one['decided_at'])} by {one['decided_by']}"),
+        ("because", why),
+        ("state", one["state"]),
+    ]
+    if one["backfill"]:
+        facts.append(("part of", f"the revert of backfill {one['backfill']}"))
+    for name, value in one["changed"].items():
+        before = "nothing" if value["from"] is None else value["from"]
+        facts.append((f"  {name}", f"{before} → {value['to']}"))
+    content: list[RenderableType] = [_facts(facts)]
+    if one["rows"]:
+        table = Table("charge", "row", "on")
+        for column in ("quantity", "amount"):
+            table.add_column(column, justify="right")
+        for row in one["rows"]:
+            numbers = plain(row["quantity"]), f"{plain(row['amount'])} {row['currency']}"
+            table.add_row(_charge(row), f"{row['kind']} {row['entry']}", row["line"], *numbers)
+        content.append(table)
+    return _panel(f"{one['action']}: correction {one['number']}", Group(*content))
 
 
 def _row_arithmetic(row: Explanation) -> Iterable[RenderableType]:

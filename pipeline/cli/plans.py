@@ -14,7 +14,9 @@ from rich.table import Table
 from pipeline.catalog import approvals, store
 from pipeline.catalog.approvals import needs_approval
 from pipeline.catalog.diff import changes
-from pipeline.catalog.files import read_price_files
+from pipeline.catalog.files import Drafts, read_price_files
+from pipeline.catalog.publish import Refused, publish_on
+from pipeline.catalog.source import Finding
 from pipeline.cli.backtest import backtest
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.differences import difference_json, proposal_json, show_difference, show_proposal, state
@@ -59,11 +61,23 @@ def register(app: typer.Typer) -> None:
 
 
 @_plans.command()
-def check(files: PriceFiles, as_json: Json = False) -> None:
+def check(
+    files: PriceFiles,
+    published: Annotated[
+        bool,
+        typer.Option("--published", help="Also against what is published and the invoices issued: asks the database."),
+    ] = False,
+    back_dated: Annotated[
+        bool, typer.Option("--back-dated", help="With --published: changes may count from a time before now.")
+    ] = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
     """Find every mistake in price files, with its line. Publishes nothing; exit code 4 on mistakes."""
     drafts = read_price_files(files)
-    if drafts.findings:
-        show_findings(drafts.findings, as_json=as_json)
+    findings = _refusals(settings_for(data_dir).dsn, drafts, back_dated) if published else drafts.findings
+    if findings:
+        show_findings(findings, as_json=as_json)
         raise typer.Exit(EXIT_FINDINGS)
     counts = {
         "meters": len(drafts.meters),
@@ -76,6 +90,16 @@ def check(files: PriceFiles, as_json: Json = False) -> None:
     else:
         said = [f"{count} {what.removesuffix('s') if count == 1 else what}" for what, count in counts.items() if count]
         out.print(f"No mistakes: {', '.join(said)}.", highlight=False)
+
+
+def _refusals(dsn: str, drafts: Drafts, back_dated: bool) -> list[Finding]:
+    """Why publishing the drafts now would be refused: tried, and taken back."""
+    with connect(dsn, application="plans") as connection, connection.transaction(force_rollback=True):
+        try:
+            publish_on(connection, drafts, actor="check", back_dated=back_dated)
+        except Refused as refused:
+            return list(refused.findings)
+    return []
 
 
 @_plans.command()

@@ -11,6 +11,9 @@ from pipeline.billing.reconcile import reconcile as run_checks
 from pipeline.cli.context import DataDir, Grace, Json, grace_of, settings_for
 from pipeline.cli.output import EXIT_FINDINGS, emit_json, err, out
 
+#: Accounts named before the rest is only counted; --json has all.
+_NAMED_MAX = 5
+
 
 def register(app: typer.Typer) -> None:
     app.command()(reconcile)
@@ -48,6 +51,10 @@ def as_data(result: Reconciliation) -> dict[str, object]:
             for check in result.checks
         ],
         "lags": [{"topic": lag.topic, "stage": lag.stage, "offsets": lag.offsets} for lag in result.lags],
+        "estimated": [
+            {"account": one.account, "month": one.month, "lines": one.lines, "command": one.command}
+            for one in result.estimated
+        ],
     }
 
 
@@ -66,6 +73,15 @@ def show(result: Reconciliation) -> None:
         err.print(
             f"Workers are behind: {', '.join(behind)}. `tally reconcile --wait 60` waits for them.", highlight=False
         )
+    for one in result.estimated[:_NAMED_MAX]:
+        err.print(
+            f"{one.account} was re-rated and has changed since: {one.lines:,} lines of {one.month} are estimates "
+            f"until the close, or `{one.command}`.",
+            highlight=False,
+            markup=False,
+        )
+    if len(result.estimated) > _NAMED_MAX:
+        err.print(f"So are lines of {len(result.estimated) - _NAMED_MAX:,} more accounts.", highlight=False)
     if result.reconciled:
         err.print("[green]Reconciled[/]: no difference.")
     else:

@@ -1,5 +1,6 @@
 """``tally usage``: billed usage taken back, set right, or added, while its period is open."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.dlq_view import table_of
-from pipeline.cli.output import EXIT_ERROR, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
+from pipeline.cli.output import EXIT_ERROR, EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
 from pipeline.core.corrections import ReasonCode
 from pipeline.core.money import plain
 from pipeline.infra.avro import load_schemas
@@ -29,11 +30,11 @@ from pipeline.operations.corrections import (
     CorrectionError,
     Decided,
     Decision,
-    Held,
     Pick,
     Selection,
 )
 from pipeline.operations.events import Mend, NotAnEvent, parse_mend, parse_time
+from pipeline.operations.previews import Held, Preview, preview, unread
 from pipeline.producer import InvalidUsage, SpoolError, UsageProducer
 
 #: Source of events that a person adds, and name of their spool.
@@ -114,6 +115,9 @@ def replace(
     source: BySource = None,
     where: Where = None,
     limit: Limit = None,
+    allow_unread: Annotated[
+        bool, typer.Option("--allow-unread", help="Also set properties that nothing prices and the events lack.")
+    ] = False,
     reason: Reason = None,
     why: Why = "",
     wait: Wait = 10.0,
@@ -124,7 +128,8 @@ def replace(
 ) -> None:
     """Bill events as if they had said something else: taken back and rated anew, in one step.
 
-    Account, key and time stay: to change one, void the event and add usage under a new key.
+    Account, key and time stay: to change one, void the event and add usage under a new key. Refused, before anything is
+    sent: a property that no meter or charge reads and an event does not have, and what has no price as it would be.
     """
     try:
         mend = parse_mend(set_ or [])
@@ -135,7 +140,19 @@ def replace(
     if fixed := mend.fields.keys() & {"account", "timestamp"}:
         fail(f"--set {sorted(fixed)[0]}: stays as it is; void the event, and add usage under a new key", EXIT_USAGE)
     chosen = _chosen(keys, account, event_type, since, until, source, where, limit)
-    _correct("replace", chosen, mend, reason, why, wait, data_dir, dry_run=dry_run, yes=yes, as_json=json_)
+    _correct(
+        "replace",
+        chosen,
+        mend,
+        reason,
+        why,
+        wait,
+        data_dir,
+        dry_run=dry_run,
+        yes=yes,
+        as_json=json_,
+        allow_unread=allow_unread,
+    )
 
 
 def _correct(
@@ -150,23 +167,33 @@ def _correct(
     dry_run: bool,
     yes: bool,
     as_json: bool,
+    allow_unread: bool = False,
 ) -> None:
     if reason is None and not dry_run:
         fail(f"say why: --reason {'|'.join(ReasonCode)}", EXIT_USAGE)
     settings = settings_for(data_dir)
     with _connected(settings) as connection:
         picks = chosen.picks(connection)
-        held = corrections.held(connection, picks)
+        seen = preview(connection, picks, mend)
+        if seen.unread and not allow_unread:
+            said = "\n".join(f"--set {name}: {meant}" for name, meant in sorted(seen.unread.items()))
+            fail(f"{said}\n{_UNREAD}; --allow-unread sets it all the same", EXIT_USAGE)
         if dry_run:
-            _preview(action, picks, held, mend, as_json=as_json)
+            _preview(action, picks, seen, mend, as_json=as_json)
+            if seen.refused:
+                raise typer.Exit(EXIT_FINDINGS)
             return
         assert reason is not None
+        if seen.refused:
+            fail(f"nothing is decided: of {_counted(len(picks), 'event')}, {_unpriced(seen.refused)}")
         if picks:
-            _confirm(action, picks, held, mend, yes=yes)
+            _confirm(action, picks, seen.held, mend, yes=yes)
         decision = Decision(action, reason, why.strip(), settings.actor, mend)
         decided = carry_out(connection, settings, picks, decision)
         states = await_outcome(connection, decided.numbers, wait)
-    _report(action, decided, states, as_json=as_json)
+        estimated = corrections.re_rated(connection, decided.numbers)
+    commands = [f"tally rerate --period {month} --account {shlex.quote(account)}" for account, month in estimated]
+    _report(action, decided, states, commands, as_json=as_json)
     if decided.refused or states.keys() & {"refused", "quarantined"}:
         raise typer.Exit(EXIT_ERROR)
 
@@ -238,6 +265,8 @@ def add(
             fail(
                 f"{account}/{key} is billed already, or was: new usage takes a new key; `tally explain {account}/{key}`"
             )
+        if unknown := unread(connection, account, event_type, when, event["properties"]):
+            err.print(Text(f"no meter or charge of {account} reads {', '.join(unknown)}", "yellow"))
         if dry_run:
             emit_json({"dry_run": True, "event": shown}) if json_ else out.print(f"would add {account}/{key}")
             return
@@ -387,20 +416,24 @@ def _chosen(
 def _confirm(action: Action, picks: Sequence[Pick], held: Sequence[Held], mend: Mend, *, yes: bool) -> None:
     """Show what it is about, and ask."""
     if not yes and sys.stdin.isatty():
-        err.print(_table(held))
+        err.print(_table(action, held))
         _say_mend(mend)
     confirmed(f"{action} {_counted(len(picks), 'event')}", yes=yes)
 
 
-def _preview(action: Action, picks: Sequence[Pick], held: Sequence[Held], mend: Mend, *, as_json: bool) -> None:
+def _preview(action: Action, picks: Sequence[Pick], seen: Preview, mend: Mend, *, as_json: bool) -> None:
     if as_json:
         emit_json(
             {
                 "dry_run": True,
                 "action": action,
                 "events": [{"account": one.account, "idempotency_key": one.idempotency_key} for one in picks],
-                "billed": [one._asdict() for one in held],
+                "billed": [one._asdict() for one in seen.held],
                 "set": mend.texts(),
+                "refused": [
+                    {"account": pick.account, "idempotency_key": pick.idempotency_key, "problem": problem}
+                    for pick, problem in seen.refused
+                ],
             }
         )
         return
@@ -408,11 +441,23 @@ def _preview(action: Action, picks: Sequence[Pick], held: Sequence[Held], mend: 
         err.print("no such events are billed")
         return
     out.print(Text(f"would {action} {_counted(len(picks), 'event')}", "bold"))
-    out.print(_table(held))
+    out.print(_table(action, seen.held))
     names = " ".join(str(pick) for pick in picks[:_NAMED_MAX])
     more = f" and {len(picks) - _NAMED_MAX:,} more" if len(picks) > _NAMED_MAX else ""
     out.print(Text(f"{names}{more}", "dim"))
     _say_mend(mend)
+    if seen.refused:
+        err.print(Text(_unpriced(seen.refused), "red"))
+
+
+_UNREAD = "no meter or charge of these accounts reads it, and an event does not have it"
+
+
+def _unpriced(refused: Sequence[tuple[Pick, str]]) -> str:
+    """What stands in the way of replacements, with the first of them named."""
+    named = "\n".join(f"{pick}: {problem}" for pick, problem in refused[:_NAMED_MAX])
+    more = f"\nand {len(refused) - _NAMED_MAX:,} more" if len(refused) > _NAMED_MAX else ""
+    return f"{len(refused):,} could not be billed as replaced:\n{named}{more}"
 
 
 def _say_mend(mend: Mend) -> None:
@@ -420,17 +465,22 @@ def _say_mend(mend: Mend) -> None:
         err.print(Text(f"each with {', '.join(f'{name}={value}' for name, value in mend.texts().items())}", "dim"))
 
 
-def _table(held: Sequence[Held]) -> Any:
-    right = ("events", "quantity", "billed", "a void changes")
+def _table(action: Action, held: Sequence[Held]) -> Any:
+    right = ("events", "quantity", "billed", f"a {action} changes")
     table = table_of("account", "charge", *right, right=right)
     for one in held:
-        amounts = (f"{plain(amount)} {one.currency}" for amount in (one.amount, one.change))
-        quantity = "" if one.quantity is None else plain(one.quantity)
-        table.add_row(one.account, one.charge, f"{one.events:,}", quantity, *amounts)
+        quantities = [one.quantity] if action == "void" else [one.quantity, one.new_quantity]
+        quantity = " → ".join("" if each is None else plain(each) for each in quantities).strip(" →")
+        change = "at the close" if one.change is None else f"{plain(one.change)} {one.currency}"
+        table.add_row(
+            one.account, one.charge, f"{one.events:,}", quantity, f"{plain(one.amount)} {one.currency}", change
+        )
     return table
 
 
-def _report(action: Action, decided: Decided, states: dict[str, int], *, as_json: bool) -> None:
+def _report(
+    action: Action, decided: Decided, states: dict[str, int], commands: Sequence[str], *, as_json: bool
+) -> None:
     if as_json:
         emit_json(
             {
@@ -441,6 +491,7 @@ def _report(action: Action, decided: Decided, states: dict[str, int], *, as_json
                     {"account": pick.account, "idempotency_key": pick.idempotency_key, "problem": problem}
                     for pick, problem in decided.refused
                 ],
+                "rerate": commands,
             }
         )
         return
@@ -450,6 +501,11 @@ def _report(action: Action, decided: Decided, states: dict[str, int], *, as_json
         err.print(f"and {len(decided.refused) - _NAMED_MAX:,} more refused", style="red")
     said = ", ".join(f"{count:,} {_SAID.get(state, state)}" for state, count in sorted(states.items()))
     err.print(f"{action} of {_counted(len(decided.numbers), 'event')}{f': {said}' if said else ''}", highlight=False)
+    for command in commands[:_NAMED_MAX]:
+        said = f"that month was re-rated: its lines are estimates until the close, or `{command}`"
+        err.print(Text(said, "yellow"), soft_wrap=True)
+    if len(commands) > _NAMED_MAX:
+        err.print(f"so are those of {len(commands) - _NAMED_MAX:,} more accounts", style="yellow")
 
 
 _SAID = {

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pipeline.core.catalog import Catalog, Segment
 from pipeline.core.cells import cell_text, cell_values
 from pipeline.core.charges import Charge
-from pipeline.core.closing import Counter, Span, close_segment
+from pipeline.core.closing import Counter, close_segment
 from pipeline.core.documents import DATED, Entry, Item, kind_of, to_document
 from pipeline.core.members import Member
 from pipeline.core.meters import Meter
@@ -127,7 +127,7 @@ def moving(today: Catalog, candidate: Catalog, account: str, period: Period) -> 
 
     Charges do not depend on each other's prices, so nothing else moves, and nothing else need be priced.
     """
-    before, after = (catalog.segments(account, period.start_us, period.end_us) for catalog in (today, candidate))
+    before, after = (catalog.segments_of(account, period) for catalog in (today, candidate))
     charges = everything(today, candidate, account, period)
     if list(map(_place, before)) != list(map(_place, after)):
         return charges
@@ -144,7 +144,7 @@ def everything(today: Catalog, candidate: Catalog, account: str, period: Period)
     return frozenset(
         charge.id
         for catalog in (today, candidate)
-        for segment in catalog.segments(account, period.start_us, period.end_us)
+        for segment in catalog.segments_of(account, period)
         for charge in segment.charges
     )
 
@@ -193,7 +193,7 @@ def price_totals(
     if held is None:
         return None
     lines: list[PricedLine] = []
-    for segment in catalog.segments(account, period.start_us, period.end_us):
+    for segment in catalog.segments_of(account, period):
         counting = catalog.metered(segment)
         priced = [(charge, meter) for charge, meter in counting if charge.id in charges]
         if any(meter is not None and class_in(segment, charge, meter) != "running" for charge, meter in priced):
@@ -214,45 +214,54 @@ class Split(NamedTuple):
     cuts: tuple[Micros, ...]
 
 
-def split_for(catalog: Catalog, account: str, period: Period, charges: Collection[str]) -> Split | None:
-    """The parts that these charges take the sums of; None where no sum does, so that events have to be priced."""
-    segments = catalog.segments(account, period.start_us, period.end_us)
+def split_for(
+    catalog: Catalog, account: str, period: Period, charges: Collection[str], changed: Collection[str] = ()
+) -> Split | None:
+    """The parts that these charges take the sums of; None where no sum does, so that events have to be priced.
+
+    ``changed`` are meters that measure otherwise in ``catalog``: sums of what was measured tell nothing of theirs.
+    """
+    segments = catalog.segments_of(account, period)
     names: set[str] = set()
     subjects = False
     for segment in segments:
         for charge, meter in catalog.metered(segment):
             if charge.id not in charges or meter is None:
                 continue
-            if class_in(segment, charge, meter) != "running":
+            if class_in(segment, charge, meter) != "running" or meter.id in changed:
                 return None
             names |= set(charge.by)
             subjects = subjects or charge.per_subject
-    return Split(tuple(sorted(names)), subjects, tuple(segment.start_us for segment in segments))
+    return Split(tuple(sorted(names)), subjects, tuple(sorted({segment.start_us for segment in segments})))
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A segment as it was rated: which charges its events went to, and what of each."""
 
+    contract: str
     charges: Sequence[tuple[Charge, Meter | None]]
     totals: Sequence[Total]
 
 
 def _held(today: Catalog, account: str, period: Period, totals: Iterable[Total]) -> list[_Held] | None:
     """The totals by the segments they were rated in; None where today's catalog would rate them otherwise."""
-    segments = {segment.start_us: segment for segment in today.segments(account, period.start_us, period.end_us)}
-    by_start = sorted(totals, key=lambda total: total.segment_start_us)
+    segments = {(segment.start_us, segment.contract.id): segment for segment in today.segments_of(account, period)}
     held = []
-    for start_us, group in groupby(by_start, key=lambda total: total.segment_start_us):
-        segment, here = segments.get(start_us), list(group)
+    for place, group in groupby(sorted(totals, key=_place_of), key=_place_of):
+        segment, here = segments.get(place), list(group)
         for total in here:
-            if segment is None or (segment.contract.id, segment.price_version) != (total.contract, total.price_version):
+            if segment is None or segment.price_version != total.price_version:
                 return None
             if not segment.start_us <= total.first_event_us <= total.last_event_us < segment.end_us:
                 return None
         if segment is not None:
-            held.append(_Held(today.metered(segment), here))
+            held.append(_Held(segment.contract.id, today.metered(segment), here))
     return held
+
+
+def _place_of(total: Total) -> tuple[Micros, str]:
+    return total.segment_start_us, total.contract
 
 
 def _usage(
@@ -269,9 +278,13 @@ def _usage(
     usage: defaultdict[Counter, Quantity] = defaultdict(int)
     for past in held:
         here = [total for total in past.totals if _meet(total, segment)]
+        then = _meters_by_type(past.charges)
+        if past.contract != segment.contract.id:  # another one at the same time has its own events
+            if here and not now.keys().isdisjoint(then):
+                return None
+            continue
         if not all(segment.start_us <= total.first_event_us <= total.last_event_us < segment.end_us for total in here):
             return None
-        then = _meters_by_type(past.charges)
         for event_type in {name for name, meters in then.items() if not meters.isdisjoint(t.meter for t in here)}:
             if then[event_type] != now.get(event_type) or not then[event_type].isdisjoint(changed):
                 return None
@@ -309,10 +322,9 @@ def _shares(charge: Charge, past: _Held, here: Iterable[Total]) -> list[tuple[Co
 def _price(
     segment: Segment, charges: Sequence[tuple[Charge, Meter | None]], usage: Mapping[Counter, Quantity]
 ) -> Iterator[PricedLine]:
-    span = Span(segment.start_us, segment.end_us, segment.period)
     # One event of the whole quantity stands for all: prices of class running cannot tell.
     members = {counter: [Member(segment.start_us, "", quantity)] for counter, quantity in usage.items()}
-    closings = close_segment(charges, (), members, span)
+    closings = close_segment(charges, (), members, segment.span)
     lines: dict[tuple[str, str], PricedLine] = {}  # a line has all subjects of its cell
     by_id = {charge.id: (charge, meter) for charge, meter in charges}
     for counter, closing in closings.items():

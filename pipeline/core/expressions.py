@@ -12,6 +12,7 @@ floor(a)  floor(a, b)   down to a whole number, to a multiple of b (towards minu
 ceil(a)  ceil(a, b)     up to a whole number, to a multiple of b (towards infinity)
 round(a)  round(a, b)   to the nearest whole number, to the nearest multiple of b, halves away from zero
 default(name, a)        the property, or ``a`` for an event without it
+property("name")        the property, for names that are no words here: ``property("gpu.seconds")``
 ======================  ========================================================================
 
 Everything is exact: decimal literals are read as written, and numbers are fractions.
@@ -212,6 +213,8 @@ _FUNCTIONS: dict[str, Callable[..., Value]] = {
     "round": _to_steps(round_half_up_div),
     "default": _default,
 }
+#: Names a property by its text.
+_PROPERTY = "property"
 #: How many arguments a function takes: at least, at most.
 _ARGUMENTS = {
     "max": (2, LENGTH_MAX),
@@ -258,9 +261,9 @@ class _Reader:
             case ast.Constant():
                 return ast.Constant(self._literal(node))  # type: ignore[arg-type]  # what simpleeval takes it for
             case ast.Name(id=name):
-                self.names.add(name)
-                self.required.add(name)
-                return node
+                return self._required(name)
+            case ast.Call(func=ast.Name(id=function)) if function == _PROPERTY:
+                return self._required(self._quoted(node))
             case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as op, right=right):
                 return ast.BinOp(self.number(left, below), op, self.number(right, below))
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
@@ -272,7 +275,7 @@ class _Reader:
             case ast.Compare() | ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
                 raise self._expected("a number", node)
             case _:
-                functions = ", ".join(sorted(_FUNCTIONS))
+                functions = ", ".join(sorted([*_FUNCTIONS, _PROPERTY]))
                 raise self._expected(f"numbers, properties, + - * /, if else, comparisons or one of {functions}", node)
 
     def test(self, node: ast.expr, depth: int) -> ast.expr:
@@ -300,11 +303,29 @@ class _Reader:
             raise self._expected(f"{_counted(least, most)} for {function}", node)
         if function != "default":
             return [self.number(argument, depth) for argument in arguments]
-        name, otherwise = arguments
-        if not isinstance(name, ast.Name):
-            raise self._expected("a property as the first argument of default", node)
-        self.names.add(name.id)
-        return [ast.Constant(name.id), self.number(otherwise, depth)]
+        named, otherwise = arguments
+        match named:
+            case ast.Name(id=name):
+                pass
+            case ast.Call(func=ast.Name(id=called)) if called == _PROPERTY:
+                name = self._quoted(named)
+            case _:
+                raise self._expected("a property as the first argument of default", node)
+        self.names.add(name)
+        return [ast.Constant(name), self.number(otherwise, depth)]
+
+    def _required(self, name: str) -> ast.Name:
+        self.names.add(name)
+        self.required.add(name)
+        return ast.Name(name)
+
+    def _quoted(self, node: ast.Call) -> str:
+        """The name in ``property("name")``: what stands between the quotes, as it stands there."""
+        match node:
+            case ast.Call(args=[ast.Constant(value=str(name)) as quoted], keywords=[]) if name:
+                if self._source(quoted)[1:-1] == name:  # no escapes, no texts that are joined
+                    return name
+        raise self._expected(f'a name in quotes and without backslashes, as {_PROPERTY}("gpu.seconds")', node)
 
     def _literal(self, node: ast.Constant) -> Value:
         number = parse_decimal(self._source(node), decimals=PRICE_DECIMALS)

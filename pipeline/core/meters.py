@@ -173,6 +173,13 @@ def plain_property(meter: Meter) -> str | None:
     return None if meter.aggregation in ("count", "unique") or meter.filters or derived else meter.value
 
 
+def properties_read(meter: Meter) -> frozenset[str]:
+    """Every property of an event that the meter looks at: to filter by, to measure, or to split by."""
+    expressed = frozenset[str]() if meter.expression is None else compile_expression(meter.expression).names
+    value = () if meter.value is None else (meter.value,)
+    return expressed.union(value, meter.dimensions, (filter_.property for filter_ in meter.filters))
+
+
 def compile_derivation(meter: Meter) -> Derive:
     """A function that converts and rounds, as the meter says, an exact quantity: in one division, so rounded once."""
     convert, rounding = meter.convert or Conversion(), meter.rounding or Rounding("half_up", step=1)

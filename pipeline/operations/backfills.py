@@ -4,25 +4,34 @@ Staged in PostgreSQL first, where it can be looked at while nothing is billed. C
 ``usage.events`` under a source of its own, numbered as they were staged: so what arrived of them is counted like the
 events of any source, a command that died goes on where it was, and an event sent twice is billed once. It waits while
 raters are behind: live usage comes first. Reverted, what it billed is taken back, event by event, by corrections.
+
+Once it is reverted, no command sends of it again, not even one that was cut off and comes back: a portion is one Kafka
+transaction, committed while its command holds the backfill's row and has seen there that it is committing. A revert
+first takes the row, then fences the transactional id of that backfill; what it finds on the topic then is all there is.
+An open transaction holds up live usage on its partitions, so it is short, and ended by whoever comes next.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaException, Producer
 from psycopg import Connection
 from psycopg.errors import UniqueViolation
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from pipeline.infra.avro import EVENTS, Record, Schemas
+from pipeline.core.catalog import Terms
+from pipeline.core.periods import to_micros
+from pipeline.core.reasons import Reason, Rejection
+from pipeline.infra.avro import EVENTS, Schemas, load_schemas
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
-from pipeline.operations.corrections import AGE_MAX, AHEAD_MAX, Pick, identity_of
+from pipeline.operations.at_risk import read_catalog
+from pipeline.operations.corrections import AGE_MAX, Pick, identity_of
 from pipeline.operations.lag import KafkaLook, sink_positions
 from pipeline.operations.peek import Place, peek, place_of
 
@@ -34,8 +43,12 @@ PORTION = 1_000
 LAG_MAX = 10_000
 #: Wait before the next look at a lag that is too long, seconds.
 _LOOK_S = 0.5
-#: Longest wait for Kafka to confirm a portion, seconds.
-_CONFIRM_S = 30.0
+#: Longest wait for one answer of the broker, seconds.
+_ANSWER_S = 20.0
+#: A transaction left open by a command that was killed is ended by the broker after this, plus up to 10 s.
+_TRANSACTION_TIMEOUT_MS = 10_000
+#: Offsets above a lag within which markers and aborted portions could make the difference: then records are counted.
+_UNEVEN_MAX = 2 * PORTION
 #: Events staged at a time.
 _STAGE_ROWS = 5_000
 
@@ -175,12 +188,6 @@ WITH staged AS (SELECT * FROM billing.backfill_event WHERE backfill = %(name)s),
         WHERE usage.event_month = date_trunc('month', staged.event_time, 'UTC')::date
             AND usage.identity = staged.identity AND usage.source <> %(source)s
     )
-    UNION ALL
-    SELECT 5, 'are of accounts nobody published: they will wait, parked', false,
-        staged.account || '/' || staged.idempotency_key
-    FROM staged WHERE NOT EXISTS (
-        SELECT FROM billing.catalog_version WHERE kind = 'account' AND id = staged.account
-    )
 )
 SELECT what, count(*), min(event), blocks FROM found GROUP BY rank, what, blocks ORDER BY rank
 """
@@ -232,11 +239,38 @@ def summary(connection: "Connection[Any]", name: str, limit: int) -> list[Summar
 def findings(connection: "Connection[Any]", backfill: Backfill) -> list[Finding]:
     """What is to be known of the staged events, as things stand now; what blocks a commit first."""
     now = datetime.now(UTC)
-    bounds = {"oldest": now - AGE_MAX, "newest": now + AHEAD_MAX}
-    return [
-        Finding(*row)
-        for row in connection.execute(_FINDINGS, {"name": backfill.name, "source": backfill.source} | bounds)
-    ]
+    parameters = {"name": backfill.name, "source": backfill.source, "oldest": now - AGE_MAX, "newest": now}
+    found = [Finding(*row) for row in connection.execute(_FINDINGS, parameters)]
+    return sorted([*found, *_without_terms(connection, backfill)], key=lambda one: not one.blocks)
+
+
+_ACCOUNTS = "SELECT DISTINCT account FROM billing.backfill_event WHERE backfill = %s"
+_TIMES = """
+SELECT account, event_type, event_time, idempotency_key FROM billing.backfill_event
+WHERE backfill = %s ORDER BY account, event_type, event_time
+"""
+
+
+def _without_terms(connection: "Connection[Any]", backfill: Backfill) -> Iterable[Finding]:
+    """Events that nothing prices by today's catalog. One that would be parked blocks: no revert could take it back."""
+    catalog = read_catalog(connection, {account for (account,) in connection.execute(_ACCOUNTS, [backfill.name])})
+    found: dict[Reason, list[Any]] = {}
+    spans: dict[tuple[str, str], Terms] = {}
+    with connection.transaction(), connection.cursor("staged") as cursor:
+        cursor.itersize = _STAGE_ROWS
+        for account, event_type, event_time, key in cursor.execute(_TIMES, [backfill.name]):
+            at_us = to_micros(event_time)
+            known = spans.get((account, event_type))
+            if known is not None and known.start_us <= at_us < known.end_us:
+                continue
+            terms = catalog.terms(account, event_type, at_us)
+            if not isinstance(terms, Rejection):
+                spans[account, event_type] = terms
+                continue
+            found.setdefault(terms.reason, [0, f"{account}/{key}: {terms.message}", terms.parks])[0] += 1
+    for reason, (events, example, parks) in found.items():
+        what = f"have no price ({reason.value.replace('_', ' ')}) and would "
+        yield Finding(what + ("wait, parked: publish it first" if parks else "be refused"), events, example, parks)
 
 
 def outcome(connection: "Connection[Any]", name: str) -> Outcome:
@@ -248,7 +282,8 @@ def outcome(connection: "Connection[Any]", name: str) -> Outcome:
 
 # -- committing
 
-_MOVE = "UPDATE billing.backfill SET state = %s, updated_at = now() WHERE name = %s"
+_HOLD = "SELECT state FROM billing.backfill WHERE name = %s FOR UPDATE"
+_MOVE = "UPDATE billing.backfill SET state = %s, updated_at = now() WHERE name = %s AND state = %s"
 _PORTION = """
 SELECT number, account, idempotency_key, event_type, event_time, subject, properties FROM billing.backfill_event
 WHERE backfill = %s AND number > %s ORDER BY number LIMIT %s
@@ -284,26 +319,15 @@ def commit(
             raise BackfillError(f"{first.events:,} events of {name} {first.what} (such as {first.example})")
         if backfill.state == "staged":
             _move(connection, backfill, "committing", actor)
-        producer = Producer(
-            {
-                **settings.kafka,
-                "enable.idempotence": True,
-                "acks": "all",
-                "compression.type": "lz4",
-                "partitioner": "murmur2_random",
-                "log_level": 0,  # errors are raised
-            }
-        )
-        look, topic, sent = KafkaLook(settings), Topics(settings.topic_prefix).events, backfill.sent
+            backfill = replace(backfill, state="committing")
+        sender, look, sent = _Sender(settings, schemas, backfill), KafkaLook(settings), backfill.sent
         while rows := connection.execute(_PORTION, [name, sent, PORTION]).fetchall():
-            while (waiting := _waiting(look, topic)) > lag_max:
+            while (waiting := _waiting(settings, look, sender.topic, lag_max)) > lag_max:
                 on_lag(waiting)
                 time.sleep(_LOOK_S)
             began = time.monotonic()
-            _produce(producer, topic, [_event(row, backfill.source) for row in rows], schemas)
-            on_step("confirmed")
+            _send(connection, sender, backfill, rows, on_step)
             sent = rows[-1][0]
-            connection.execute(_SENT, [sent, name])
             on_sent(len(rows))
             if rate is not None:
                 time.sleep(max(0.0, len(rows) / rate - (time.monotonic() - began)))
@@ -311,39 +335,84 @@ def commit(
     return get(connection, name)
 
 
-def _waiting(look: KafkaLook, topic: str) -> int:
-    """Events the raters have not come to."""
+def _send(
+    connection: "Connection[Any]",
+    sender: "_Sender",
+    backfill: Backfill,
+    rows: Sequence[tuple[Any, ...]],
+    on_step: Callable[[str], None],
+) -> None:
+    """Send a portion, while nobody can revert the backfill; raises BackfillError when somebody has."""
+    with connection.transaction():
+        held = connection.execute(_HOLD, [backfill.name]).fetchone()
+        on_step("held")
+        if held is None or held[0] != "committing":
+            raise BackfillError(
+                f"{backfill.name} is {held and held[0]} by now: another command took over, this one ends"
+            )
+        sender.send(rows, on_step)
+        on_step("confirmed")
+        connection.execute(_SENT, [rows[-1][0], backfill.name])
+
+
+def _waiting(settings: Settings, look: KafkaLook, topic: str, lag_max: int) -> int:
+    """Events the raters have not come to; some more may be said of many, since markers are offsets too."""
     ends, positions = look.ends(), look.rater_positions()
-    return sum(end - positions.get(place, 0) for place, end in ends.items() if place[0] == topic)
+    behind = {place: positions.get(place, 0) for place in ends if place[0] == topic}
+    offsets = sum(max(ends[place] - position, 0) for place, position in behind.items())
+    if not lag_max < offsets <= lag_max + _UNEVEN_MAX:
+        return offsets
+    starts = {place: position for place, position in behind.items() if position < ends[place]}
+    return sum(1 for message in peek(settings, starts) if (message.offset() or 0) < ends[place_of(message)])
 
 
-def _event(row: tuple[Any, ...], source: str) -> Record:
-    names = ("sequence", "account", "idempotency_key", "event_type", "timestamp", "subject", "properties")
-    return dict(zip(names, row, strict=True)) | {"source": source}
+class _Sender:
+    """Sends portions of one backfill. Making it ends what an earlier one had open, and lets that send no more."""
 
-
-def _produce(producer: Producer, topic: str, events: Sequence[Record], schemas: Schemas) -> None:
-    confirmed = 0
-    errors: list[KafkaError] = []
-
-    def told(error: KafkaError | None, _: Message) -> None:
-        nonlocal confirmed
-        if error is None:
-            confirmed += 1
-        else:
-            errors.append(error)
-
-    try:
-        for event in events:
-            producer.produce(topic, schemas.encode(EVENTS, event), event["account"].encode(), on_delivery=told)
-        producer.flush(_CONFIRM_S)
-    except KafkaException as error:
-        errors.append(error.args[0])
-    if confirmed < len(events):
-        why = str(errors[0]) if errors else f"no answer within {_CONFIRM_S:g} s"
-        raise BackfillError(
-            f"Kafka did not confirm {len(events) - confirmed} events: {why}. The same command goes on here"
+    def __init__(self, settings: Settings, schemas: Schemas, backfill: Backfill) -> None:
+        """Raises BackfillError when Kafka does not answer."""
+        self.topic = Topics(settings.topic_prefix).events
+        self._schemas, self._source = schemas, backfill.source
+        self._producer = Producer(
+            {
+                **settings.kafka,
+                "transactional.id": f"{settings.topic_prefix}backfill-{backfill.name}",
+                "transaction.timeout.ms": _TRANSACTION_TIMEOUT_MS,
+                "acks": "all",
+                "compression.type": "lz4",
+                "partitioner": "murmur2_random",
+                "log_level": 0,  # errors are raised
+            }
         )
+        try:
+            self._producer.init_transactions(_ANSWER_S)
+        except KafkaException as error:
+            raise BackfillError(f"Kafka does not answer: {error.args[0]}. The same command goes on here") from error
+
+    def send(self, rows: Sequence[tuple[Any, ...]], on_step: Callable[[str], None]) -> None:
+        """All of the events, or none. Raises BackfillError when Kafka does not confirm them."""
+        names = ("sequence", "account", "idempotency_key", "event_type", "timestamp", "subject", "properties")
+        events = [dict(zip(names, row, strict=True)) | {"source": self._source} for row in rows]
+        encoded = [(self._schemas.encode(EVENTS, event), event["account"].encode()) for event in events]
+        try:
+            self._producer.begin_transaction()
+            for value, key in encoded:
+                self._producer.produce(self.topic, value, key)
+            on_step("produced")
+            self._producer.commit_transaction(_ANSWER_S)
+        except KafkaException as error:
+            self._abort()
+            raise BackfillError(
+                f"Kafka did not confirm {len(rows)} events: {error.args[0]}. The same command goes on here"
+            ) from error
+        except BaseException:
+            self._abort()
+            raise
+
+    def _abort(self) -> None:
+        """End the transaction now: until it times out, raters could read nothing behind it."""
+        with suppress(KafkaException):  # fenced, or Kafka is away: it times out
+            self._producer.abort_transaction(_ANSWER_S)
 
 
 # -- reverting
@@ -378,6 +447,7 @@ def begin_revert(
             return []
         if backfill.state != "reverting":
             _move(connection, backfill, "reverting", actor)
+        _Sender(settings, load_schemas(settings.registry_url), backfill)  # fences a command that was cut off
     _await_written(connection, settings, backfill, wait_s)
     return [Pick(*row) for row in connection.execute(_BILLED, {"name": name, "source": backfill.source})]
 
@@ -425,7 +495,8 @@ def _has_read(settings: Settings, positions: Mapping[Place, int], ends: Mapping[
 
 def _move(connection: "Connection[Any]", backfill: Backfill, state: State, actor: str) -> None:
     with connection.transaction():
-        connection.execute(_MOVE, [state, backfill.name])
+        if connection.execute(_MOVE, [state, backfill.name, backfill.state]).rowcount == 0:
+            raise BackfillError(f"{backfill.name} is {backfill.state} no more: look at it again")
         detail = {"from": backfill.state, "to": state, "events": backfill.events}
         connection.execute(_AUDIT, [actor, f"backfill.{state}", backfill.name, Jsonb(detail)])
 

@@ -24,19 +24,13 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from xxhash import xxh3_128_digest
 
-from pipeline.core.aggregation import is_additive
-from pipeline.core.catalog import Catalog
-from pipeline.core.cells import cell_values
-from pipeline.core.charges import Charge, compile_price
-from pipeline.core.corrections import Correction, HeldRow, ReasonCode, priced_as
-from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decimal, quantity_decimal, scaled
+from pipeline.core.corrections import Correction, HeldRow, ReasonCode
+from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, scaled
 from pipeline.core.periods import to_micros
-from pipeline.core.reasons import Rejection
 from pipeline.infra import wire
 from pipeline.infra.avro import CORRECTIONS, EVENTS, RATED, Schemas, WireError
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import RECORD_BYTES_MAX, Topics
-from pipeline.operations.at_risk import read_catalog
 from pipeline.operations.events import Mend, mended
 from pipeline.operations.peek import Place, peek, place_of
 
@@ -100,23 +94,6 @@ class Decided:
     refused: list[tuple[Pick, str]] = field(default_factory=list)
 
 
-class Held(NamedTuple):
-    """What is billed of picked events on one account and charge now, and what voiding them all would change.
-
-    ``change`` is what the prices of their counters would change by, as things stand; of rows that are no running price,
-    what they are billed at (``pipeline.rating.correct`` says when). Exact, in whole units. ``quantity`` is None where
-    quantities of events do not add up to anything: of a maximum, an average, a level.
-    """
-
-    account: str
-    charge: str
-    currency: str
-    events: int
-    quantity: Decimal | None
-    amount: Decimal
-    change: Decimal
-
-
 class Listed(NamedTuple):
     """A correction and what became of it. ``exact_amount`` is None until it is applied."""
 
@@ -167,8 +144,9 @@ def not_addable(connection: "Connection[Any]", account: str, at: datetime) -> st
 def closed_period(invoice: int, state: str) -> str:
     """What to tell a person who wants to change a period that is closed."""
     return (
-        f"lies in a closed period: invoice:{invoice} is {state}, and an issued invoice never changes; settle it by an "
-        "adjustment or a credit on the next one"
+        f"lies in a closed period: invoice:{invoice} is {state}, and an issued invoice never changes. `tally invoices "
+        "credit` gives money back; usage that is missing may still be sent (`tally produce`): it becomes an adjustment "
+        "on the next invoice"
     )
 
 
@@ -253,12 +231,13 @@ JOIN billing.invoice ON invoice.id = line.invoice_id
 ORDER BY usage.identity, usage.entry, usage.charge, usage.cell
 """
 
-_Row: TypeAlias = dict[str, Any]
+#: A rated row with its line's and invoice's terms.
+Row: TypeAlias = dict[str, Any]
 
 
-def _held(connection: "Connection[Any]", picks: Sequence[Pick]) -> dict[UUID, list[_Row]]:
+def held_rows(connection: "Connection[Any]", picks: Sequence[Pick]) -> dict[UUID, list[Row]]:
     """The rows of each event's last entry: of a voided event those of kind void."""
-    found: dict[UUID, list[_Row]] = {}
+    found: dict[UUID, list[Row]] = {}
     with connection.cursor(row_factory=dict_row) as cursor:
         for row in cursor.execute(_HELD, [[p.event_month for p in picks], [p.identity for p in picks]]):
             rows = found.setdefault(row["identity"], [])
@@ -266,79 +245,6 @@ def _held(connection: "Connection[Any]", picks: Sequence[Pick]) -> dict[UUID, li
                 rows.clear()
             rows.append(row)
     return found
-
-
-#: Account, contract, charge, segment start, cell, and subject where the charge counts per subject.
-_Counter: TypeAlias = tuple[str, str, str, datetime, str, str | None]
-
-# All rows of a counter, on however many lines they stand.
-_RUNNING = """
-SELECT coalesce(sum(usage.quantity_after - usage.quantity_before), 0)
-FROM billing.invoice
-JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
-JOIN billing.rated_usage AS usage ON usage.line_id = line.id
-WHERE (invoice.account, line.contract, line.charge, line.segment_start, line.cell) = (%s, %s, %s, %s, %s)
-    AND (%s::text IS NULL OR usage.subject = %s)
-"""
-
-
-def held(connection: "Connection[Any]", picks: Sequence[Pick]) -> list[Held]:
-    """What is billed of these events now, by account and charge, and what a void would change; of voided ones nothing.
-
-    Raises ValueError for a catalog this program cannot read.
-    """
-    catalog = read_catalog(connection, {pick.account for pick in picks})
-    sums: dict[tuple[str, str, str], list[int]] = {}
-    running: dict[_Counter, tuple[Charge, str, int]] = {}
-    levels: set[tuple[str, str, str]] = set()
-    for start in range(0, len(picks), PORTION):
-        for rows in _held(connection, picks[start : start + PORTION]).values():
-            for row in rows:
-                if row["kind"] == "void":
-                    continue
-                held_row = _held_row(row)
-                one = sums.setdefault((row["account"], row["charge"], row["currency"]), [0, 0, 0, 0])
-                meter = catalog.meter(row["meter"], to_micros(row["event_time"]))
-                if meter is None or not is_additive(meter):
-                    levels.add((row["account"], row["charge"], row["currency"]))
-                one[0] += 1
-                one[1] += held_row.quantity
-                one[2] += held_row.amount
-                charge = _running_charge(catalog, row, held_row)
-                if charge is None:
-                    one[3] -= held_row.amount
-                    continue
-                subject = row["subject"] if charge.per_subject else None
-                of_contract = (row["account"], row["contract"], row["charge"])
-                counter = (*of_contract, row["segment_start"], row["cell"], subject)
-                _, currency, quantity = running.get(counter, (charge, row["currency"], 0))
-                running[counter] = charge, currency, quantity + held_row.quantity
-    for counter, (charge, currency, quantity) in running.items():
-        account, _, name, *_, cell, subject = counter
-        found = connection.execute(_RUNNING, [*counter, subject]).fetchone()
-        assert found is not None
-        before = scaled(found[0], QUANTITY_DECIMALS)
-        price = compile_price(charge, cell_values(cell, len(charge.by)))
-        sums[account, name, currency][3] += (price(before - quantity) or 0) - (price(before) or 0)
-    return [
-        Held(
-            *key,
-            events,
-            None if key in levels else quantity_decimal(quantity),
-            amount_decimal(amount),
-            amount_decimal(change),
-        )
-        for key, (events, quantity, amount, change) in sorted(sums.items())
-    ]
-
-
-def _running_charge(catalog: Catalog, row: _Row, held_row: HeldRow) -> Charge | None:
-    """The charge whose running price the row is a difference of; None where it is taken back at its amount."""
-    if held_row.price_class != "running":
-        return None
-    terms = catalog.terms(row["account"], row["event_type"], to_micros(row["event_time"]))
-    found = None if isinstance(terms, Rejection) else priced_as(held_row, terms)
-    return None if found is None else found[0]
 
 
 # -- deciding
@@ -417,7 +323,7 @@ def _decide(
     invoices = [invoice for (invoice,) in connection.execute(_INVOICES, [months, identities])]
     connection.execute(_LOCK_INVOICES, [invoices])
     behind = dict(connection.execute(_POSITIONS, [topics.rated]).fetchall())  # before the rows: not too far
-    rows_of = _held(connection, picks)
+    rows_of = held_rows(connection, picks)
     earlier = {
         identity: (entry, waiting)
         for identity, entry, waiting in connection.execute(_EARLIER, [list(ON_ITS_WAY), identities])
@@ -498,7 +404,7 @@ def _identity(row: bytes | None, schemas: Schemas) -> UUID | None:
 
 
 def _problem(
-    pick: Pick, rows: Sequence[_Row], waiting: int | None, behind: Mapping[int, int], whole: Mapping[int, int]
+    pick: Pick, rows: Sequence[Row], waiting: int | None, behind: Mapping[int, int], whole: Mapping[int, int]
 ) -> str | None:
     """Why the event cannot be corrected now; None when it can."""
     if not rows:
@@ -516,7 +422,7 @@ def _problem(
     return None
 
 
-def _event(row: _Row, schemas: Schemas) -> bytes:
+def _event(row: Row, schemas: Schemas) -> bytes:
     """The framed usage event as PostgreSQL holds it: equal to the one received but for the order of its properties."""
     names = ("idempotency_key", "account", "event_type", "subject", "properties", "source", "sequence")
     return schemas.encode(EVENTS, {name: row[name] for name in names} | {"timestamp": row["event_time"]})
@@ -525,7 +431,7 @@ def _event(row: _Row, schemas: Schemas) -> bytes:
 def _message(
     number: int,
     entry: int,
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
     event: bytes,
     replacement: bytes | None,
     decision: Decision,
@@ -546,7 +452,7 @@ def _message(
         origin_offset=first["origin_offset"],
         origin_appended_ms=to_micros(first["appended_at"]) // 1000,
         event=event,
-        rows=tuple(map(_held_row, rows)),
+        rows=tuple(map(as_held, rows)),
         replacement=replacement,
     )
     return schemas.encode(CORRECTIONS, correction.to_record())
@@ -567,7 +473,8 @@ _SAME = (
 )
 
 
-def _held_row(row: _Row) -> HeldRow:
+def as_held(row: Row) -> HeldRow:
+    """What a correction says of a row that it takes back."""
     return HeldRow(
         **{name: row[name] for name in _SAME},
         period_start_us=to_micros(row["period_start"]),
@@ -677,6 +584,29 @@ ORDER BY correction DESC LIMIT %(limit)s
 def states(connection: "Connection[Any]", numbers: Sequence[int]) -> Counter[State]:
     """How many of these corrections are in which state."""
     return Counter(dict(connection.execute(_STATES, [list(numbers)]).fetchall()))
+
+
+# A period belongs to the month in which it ends, where its account is.
+_RE_RATED = """
+SELECT DISTINCT period.account,
+    to_char((period.period_end - interval '1 microsecond') AT TIME ZONE zone.name, 'YYYY-MM')
+FROM billing.correction
+JOIN billing.re_rated_period AS period ON period.account = correction.account AND period.state = 'open'
+    AND correction.event_time >= period.period_start AND correction.event_time < period.period_end
+CROSS JOIN LATERAL (
+    SELECT document ->> 'time_zone' AS name FROM billing.catalog_version
+    WHERE kind = 'account' AND id = correction.account ORDER BY version DESC LIMIT 1
+) AS zone
+WHERE correction.number = ANY(%s) ORDER BY 1, 2
+"""
+
+
+def re_rated(connection: "Connection[Any]", numbers: Sequence[int]) -> list[tuple[str, str]]:
+    """Accounts and months (YYYY-MM) that these corrections are of and that were re-rated: to be re-rated once more.
+
+    Until then, or the close, lines that prices were moved between are off by what the corrections changed on them.
+    """
+    return [(account, month) for account, month in connection.execute(_RE_RATED, [list(numbers)])]
 
 
 def listed(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 from psycopg import Connection
 
@@ -20,6 +20,7 @@ from pipeline.infra.avro import DEAD_LETTER, Schemas, WireError
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
 from pipeline.operations.dead_letters import ReasonCount, Selection, reasons
+from pipeline.operations.groups import answered, committed
 from pipeline.operations.peek import Place, peek, place_of
 from pipeline.operations.stops import Stop, stops
 
@@ -148,17 +149,19 @@ class KafkaLook:
     def ends(self) -> dict[Place, int]:
         """The offset after the last stable record or marker of every partition."""
         specs = {TopicPartition(*place): OffsetSpec.latest() for place in self.places}  # type: ignore[no-untyped-call]
-        futures = self._admin.list_offsets(
-            specs, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=_ANSWER_S
-        )
-        return {(tp.topic, tp.partition): future.result(_ANSWER_S).offset for tp, future in futures.items()}
+
+        def ask() -> dict[Place, int]:
+            committed = IsolationLevel.READ_COMMITTED
+            futures = self._admin.list_offsets(specs, isolation_level=committed, request_timeout=_ANSWER_S)
+            return {(tp.topic, tp.partition): future.result(_ANSWER_S).offset for tp, future in futures.items()}
+
+        return answered(ask, _ANSWER_S)
 
     def rater_positions(self) -> dict[Place, int]:
         """What the raters' group has committed; a partition never committed is missing."""
         group = f"{self._settings.topic_prefix}rater"
-        request = ConsumerGroupTopicPartitions(group)
-        answer = self._admin.list_consumer_group_offsets([request], request_timeout=_ANSWER_S)[group].result(_ANSWER_S)
-        return {(tp.topic, tp.partition): tp.offset for tp in answer.topic_partitions if tp.offset >= 0}
+        found = committed(self._admin, group, _ANSWER_S)
+        return {(tp.topic, tp.partition): tp.offset for tp in found if tp.offset >= 0}
 
     def stops(self) -> list[Stop]:
         """Partitions that a dead-letter limit stopped."""

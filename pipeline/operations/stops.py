@@ -3,7 +3,7 @@
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, TopicPartition
+from confluent_kafka import IsolationLevel, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 from psycopg import Connection
 from psycopg.types.json import Jsonb
@@ -12,6 +12,7 @@ from pipeline.core.limits import stopped_by
 from pipeline.infra.going_on import GoingOn
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
+from pipeline.operations.groups import committed
 
 _ANSWER_S = 10.0
 
@@ -34,13 +35,9 @@ def stops(settings: Settings, admin: AdminClient) -> list[Stop]:
     Raises KafkaException or TimeoutError when the broker does not answer.
     """
     topics = Topics(settings.topic_prefix)
-    group = f"{topics.prefix}rater"
-    request = [ConsumerGroupTopicPartitions(group)]
-    answer = admin.list_consumer_group_offsets(request, request_timeout=_ANSWER_S)
-    committed = answer[group].result(_ANSWER_S).topic_partitions
     found = sorted(
         Stop(tp.partition, tp.offset, why)
-        for tp in committed
+        for tp in committed(admin, f"{topics.prefix}rater", _ANSWER_S)
         if tp.topic == topics.events and (why := stopped_by(tp.metadata)) is not None
     )
     if not found:

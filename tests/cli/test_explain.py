@@ -88,6 +88,7 @@ def tally(settings: Settings) -> Tally:
 def test_from_an_event_to_its_invoice_and_back(tally: Tally, settings: Settings) -> None:
     event = tally.json("explain", "acct-02/code-1")
     assert (event["kind"], event["state"], event["account"]) == ("event", "rated", "acct-02")
+    assert event["corrections"] == []
     assert event["origin"] == f"{settings.topic_prefix}usage.events/2/1"
     assert event["event"]["properties"] == {"input_tokens": "20"}
     assert (event["receipt"]["first_offset"], event["receipt"]["next_offset"]) == (0, 4)

@@ -67,6 +67,36 @@ def test_check_names_every_mistake_with_its_line(tally: Tally, tmp_path: Path) -
     ]
 
 
+def test_check_against_what_is_published_and_issued(tally: Tally, settings: Settings, tmp_path: Path) -> None:
+    """An issued invoice never changes: the file is refused where it says so, and nothing is published by asking."""
+    tally("plans", "publish", PRICES)
+    tally("accounts", "apply", demo_dir() / "accounts.yaml")
+    file = edited(tmp_path, "unit_price: 0.000015", "unit_price: 0.000018")
+    file.write_text(file.read_text().replace("    currency: USD", "    currency: USD\n    valid_from: 2026-01-01"))
+    where = ("plans", "check", file, "--published")
+    assert "60 seconds after publishing" in tally(*where, code=4).stderr
+    assert tally(*where, "--back-dated").stdout.startswith("No mistakes")
+    with connect(settings.dsn, application="test") as connection:
+        connection.execute(
+            """
+            WITH issued AS (
+                INSERT INTO billing.invoice (account, currency, period_start, period_end, state)
+                VALUES ('acct-00', 'USD', '2026-01-01Z', '2026-02-01Z', 'issued') RETURNING id
+            )
+            INSERT INTO billing.invoice_line (
+                invoice_id, contract, plan, plan_version, price_version, meter, meter_version, charge, segment_start
+            )
+            SELECT id, 'acct-00-main', 'llm-standard', 1, 'llm-standard@1', 'm', 1, 'output-tokens', '2026-01-01Z'
+            FROM issued
+            """
+        )
+    line = 1 + file.read_text().splitlines().index("  - id: llm-standard")
+    done = tally(*where, "--back-dated", code=4)
+    assert f"{file}:{line}:" in done.stderr
+    assert "an issued invoice never changes" in done.stderr
+    assert tally.json("plans", "show", "llm-standard")["version"] == 1
+
+
 def test_publish_list_and_show(tally: Tally, tmp_path: Path) -> None:
     first = tally.json("plans", "publish", PRICES, "--reason", "launch", "--wait", 0)
     assert [(one["kind"], one["version"], one["valid_from"], one["outcome"]) for one in first["published"]] == [

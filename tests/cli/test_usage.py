@@ -89,11 +89,35 @@ def test_from_added_to_voided(world: World, tally: Tally) -> None:
     assert code == 2 and "would void 1 event" in asked and "--yes" in asked
 
     why = ("--reason", "wrong_quantity", "--why", "counted twice", *PATIENT)
+    code, unread = tally.refuses("usage", "replace", "acct-1/late/1", "--set", "input_tokns=4", *why, "--yes")
+    assert code == 2 and "--set input_tokns: did you mean input_tokens?" in unread and "--allow-unread" in unread
+    code, unpriced = tally.refuses("usage", "replace", "acct-1/late/1", "--set", "input_tokens=x", *why, "--yes")
+    assert code == 1 and "acct-1/late/1: expected a decimal number as input_tokens, got 'x'" in unpriced
+    preview = tally.json("usage", "replace", "acct-1/late/1", "--set", "input_tokens=4", "--dry-run")
+    assert [(one["charge"], one["quantity"], one["new_quantity"], one["change"]) for one in preview["billed"]] == [
+        ("input", "10.000000000", "4.000000000", "-0.000018000000"),
+        ("output", "2.000000000", "2.000000000", "0.000000000000"),
+    ]
+    shown = tally("usage", "replace", "acct-1/late/1", "--set", "input_tokens=4", "--dry-run")
+    assert "10 → 4" in shown and "-0.000018 USD" in shown
     replaced = tally.json("usage", "replace", "acct-1/late/1", "--set", "input_tokens=4", *why, "--yes")
     assert (replaced["states"], replaced["refused"]) == ({"applied": 1}, [])
     assert amounts(world) == {"input": 4 * INPUT_PRICE, "output": 2 * OUTPUT_PRICE}
     assert tally.json("usage", "void", "--account", "acct-1", *why, "--yes")["states"] == {"applied": 1}
     assert amounts(world) == {"input": 0, "output": 0}
+
+    explained = tally.json("explain", "acct-1/late/1")
+    first, second = explained["corrections"]
+    assert (explained["state"], first["action"], second["action"]) == ("voided", "replace", "void")
+    assert (first["decided_by"], first["reason_code"], first["note"]) == ("ada", "wrong_quantity", "counted twice")
+    assert first["changed"] == {"input_tokens": {"from": "10", "to": "4"}}
+    assert [(row["kind"], row["charge"], row["quantity"]) for row in first["rows"] if row["charge"] == "input"] == [
+        ("void", "input", "-10"),
+        ("correction", "input", "4"),
+    ]
+    assert sum(Decimal(row["amount"]) for one in explained["corrections"] for row in one["rows"]) < 0
+    shown = tally("explain", "acct-1/late/1")
+    assert "voided" in shown and "wrong quantity: counted twice" in shown and "10 → 4" in shown
 
     shown = tally("usage", "list")
     assert "acct-1/late/1" in shown and "wrong_quantity: counted twice" in shown and "applied" in shown

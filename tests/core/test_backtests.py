@@ -28,6 +28,7 @@ from pipeline.core.catalog import Catalog, Terms
 from pipeline.core.cells import cell_text
 from pipeline.core.charges import Cell, Charge, Tier
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.cycles import Cycle
 from pipeline.core.documents import Entry, Item, kind_of, to_document
 from pipeline.core.meters import Filter, Meter, compile_cell, compile_measure
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_ONE, scaled
@@ -87,7 +88,7 @@ def rated(catalog: Catalog, uses: Sequence[Use], split: Split | None = None) -> 
     kept, totals = [], {}
     for one in uses:
         terms = catalog.terms("acme", one.event_type, one.at_us)
-        if not isinstance(terms, Terms):
+        if not isinstance(terms, Terms) or terms.segment.period != OCTOBER:
             continue
         measured = [(charge, meter, compile_measure(meter)(one.properties)) for charge, meter in terms.priced]
         counted = [(charge, meter, quantity) for charge, meter, quantity in measured if isinstance(quantity, int)]
@@ -103,7 +104,7 @@ def rated(catalog: Catalog, uses: Sequence[Use], split: Split | None = None) -> 
                 part = {"properties": tuple(zip(split.properties, texts, strict=True)), "alive": True}
                 part |= {"subject": one.subject} if split.subjects else {}
             after = bisect_right(split.cuts, one.at_us) if split else 0
-            key = (segment.start_us, charge.id, cell, after, *part.values())
+            key = (segment.start_us, segment.contract.id, charge.id, cell, after, *part.values())
             known = totals.get(key)
             if known is None:
                 known = Total(
@@ -153,8 +154,11 @@ def both_ways(
     )
 
 
-def said(lines: Sequence[PricedLine]) -> list[tuple[int, str, str, int, int]]:
-    return sorted((line.segment.start_us, line.charge.id, line.cell, line.quantity, line.amount) for line in lines)
+def said(lines: Sequence[PricedLine]) -> list[tuple[int, str, str, str, int, int]]:
+    return sorted(
+        (line.segment.start_us, line.segment.contract.id, line.charge.id, line.cell, line.quantity, line.amount)
+        for line in lines
+    )
 
 
 TIERS = (Tier(5 * QUANTITY_ONE, Decimal("0.3"), Decimal(1)), Tier(None, Decimal("0.07")))
@@ -201,6 +205,19 @@ USES = st.lists(
     unique_by=lambda one: one.key,
 )
 CONTRACTS = st.sampled_from([contract(), contract(Phase(MIDDLE, "other"))])
+#: A second subscription, which charges what the first does not, or goes before it by its id, or is of other periods.
+BESIDE = st.sampled_from(["a", "z"]).flatmap(
+    lambda id: st.builds(
+        Contract,
+        st.just(id),
+        st.just(1),
+        st.just("acme"),
+        st.just("other"),
+        st.sampled_from([0, MIDDLE - 4 * DAY_US]),
+        st.sampled_from([None, MIDDLE + 9 * DAY_US]),
+        cycle=st.sampled_from([Cycle(), Cycle("quarter")]),
+    )
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -210,6 +227,7 @@ CONTRACTS = st.sampled_from([contract(), contract(Phase(MIDDLE, "other"))])
     other=PLANS,
     new=PLANS,
     agreed=CONTRACTS,
+    beside=st.none() | BESIDE,
     uses=USES,
     measure=st.booleans(),
     only=st.booleans(),
@@ -221,6 +239,7 @@ def test_totals_give_what_events_give(
     other: Plan,
     new: Plan,
     agreed: Contract,
+    beside: Contract | None,
     uses: list[Use],
     measure: bool,
     only: bool,
@@ -229,6 +248,8 @@ def test_totals_give_what_events_give(
     today = entries(first, replace(other, id="other"), contract=agreed)
     if second is not None:
         today.append(entry(second, MIDDLE - DAY_US, 2))
+    if beside is not None:
+        today.append(entry(beside))
     items: list[Item] = [new]
     if measure:
         items.append(meter("calls", aggregation="sum", value="n"))
@@ -237,6 +258,7 @@ def test_totals_give_what_events_give(
     if from_totals is None:
         return
     assert unpriced == 0
+    event(f"{'with' if beside else 'without'} another contract")
     assert said(from_totals) == said(from_events)
 
 
@@ -291,6 +313,22 @@ def test_a_segment_that_begins_amid_events_needs_parts_on_either_side() -> None:
         from_parts = price_totals(catalog, later, "acme", OCTOBER, parts, charges={"tokens"})
         from_events = priced_lines(close_period(later, "acme", OCTOBER, uses), {"tokens"})
         assert from_parts is not None and said(from_parts) == said(from_events)
+
+
+def test_events_that_would_be_another_contract_s_need_to_be_looked_at() -> None:
+    """The candidate lets the contract of the lower id charge calls as well: it goes before the one that does today."""
+    beside = Contract("a", 1, "acme", "other", MIDDLE, None)
+    today = [*entries(plan(per_unit()), plan(per_unit("jobs"), id="other")), entry(beside)]
+    candidate = plan(per_unit("jobs"), per_unit(price="2"), id="other")
+    from_totals, from_events, _ = both_ways(today, [candidate], [use(1), use(20), use(21, event_type="job")])
+    assert from_totals is None
+    assert [(one[1], one[2], one[4]) for one in said(from_events) if one[4]] == [
+        ("main", "tokens", QUANTITY_ONE),
+        ("a", "jobs", QUANTITY_ONE),
+        ("a", "tokens", QUANTITY_ONE),
+    ]
+    untouched, _, _ = both_ways(today, [plan(per_unit(price="3"))], [use(1), use(20), use(21, event_type="job")])
+    assert untouched is not None, "nor do contracts beside each other stand in the way"
 
 
 @pytest.mark.parametrize(

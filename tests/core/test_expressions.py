@@ -47,6 +47,11 @@ RESULTS = {
     "not equal": ("1 if a != b else 0", {"a": "1", "b": "1.0"}, "0"),
     "a default that is not needed": ("default(cached, 5)", {"cached": "2"}, "2"),
     "a default that is": ("default(cached, 5)", {"cached": None}, "5"),
+    "a name with a dot": ('property("gpu.seconds") * 2', {"gpu.seconds": "3"}, "6"),
+    "a name that is an operation otherwise": ("property('a-b') - a - b", {"a-b": "9", "a": "2", "b": "1"}, "6"),
+    "a name that is a keyword": ("max(property('if'), 1)", {"if": "4"}, "4"),
+    "a default of a quoted name": ('default(property("a.b"), 5)', {"a.b": None}, "5"),
+    "a property by the name of property": ("property + property('property')", {"property": "2"}, "4"),
     "spaces around": ("  a\t", {"a": "1"}, "1"),
 }
 
@@ -72,6 +77,15 @@ REFUSED = {
     "an imaginary number": ("2j", "expected a decimal number of at most 18 digits and 18 decimals, got '2j'"),
     "a power": ("2 ** a", "expected numbers, properties, + - * /, if else, comparisons or one of abs, ceil, default"),
     "an attribute": ("a.__class__", "expected numbers, properties, + - * /, if else"),
+    "a name with a dot, unquoted": ("gpu.seconds * 2", "expected numbers, properties, + - * /, if else"),
+    "no name in quotes": ("property('')", "expected a name in quotes and without backslashes, as property("),
+    "a name without quotes": ("property(a)", "expected a name in quotes and without backslashes, as property("),
+    "a name with an escape": ("property('a\\x2eb')", "expected a name in quotes and without backslashes"),
+    "names joined": ("property('a' 'b')", "expected a name in quotes and without backslashes"),
+    "a name that is computed": ("property('a' + 'b')", "expected a name in quotes and without backslashes"),
+    "two names": ("property('a', 'b')", "expected a name in quotes and without backslashes"),
+    "bytes": ("property(b'a')", "expected a name in quotes and without backslashes"),
+    "a name with more in it": ("property(f'{a}')", "expected a name in quotes and without backslashes"),
     "an item": ("a[0]", "expected numbers, properties, + - * /, if else"),
     "a lambda": ("lambda: 1", "expected numbers, properties, + - * /, if else"),
     "a comprehension": ("[a for a in b]", "expected numbers, properties, + - * /, if else"),
@@ -109,6 +123,8 @@ def test_what_may_be_absent() -> None:
     expression = compile_expression("default(a, b) + default(c, default(d, 0)) + c")
     assert expression.names == {"a", "b", "c", "d"}
     assert expression.optional == {"a", "d"}
+    quoted = compile_expression("default(property('a.b'), property('c.d')) + default(property('c.d'), 0)")
+    assert (quoted.names, quoted.optional) == ({"a.b", "c.d"}, {"a.b"})
 
 
 def test_the_deepest_expression_evaluates() -> None:

@@ -10,10 +10,13 @@ from decimal import Decimal
 import pytest
 
 from pipeline.core.corrections import ReasonCode
+from pipeline.infra.avro import EVENTS
+from pipeline.infra.postgres import connect
 from pipeline.operations import backfills, corrections
 from pipeline.operations.backfills import BackfillError, Outcome, Staged
 from pipeline.operations.corrections import Decision
 from pipeline.operations.events import Mend
+from pipeline.operations.peek import peek
 from tests.operations.world import OUTPUT_PRICE, SCHEMAS, World, account_items, eventually
 
 #: Killed when Kafka has confirmed the first portion, and nobody wrote that down.
@@ -27,7 +30,7 @@ from pipeline.operations import backfills
 backfills.PORTION = 3
 settings = Settings()
 connection = connect(settings.dsn, application="dies", autocommit=True)
-on_step = lambda step: os.kill(os.getpid(), signal.SIGKILL)
+on_step = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == "confirmed" else None
 backfills.commit(connection, settings, load_schemas(), "june", actor="ada", on_step=on_step)
 """
 
@@ -73,13 +76,20 @@ def test_staged_committed_over_a_crash_and_reverted_as_a_whole(world: World) -> 
         }
         assert found == {
             "are billed already under the same key": (1, "acct-1/live", False),
-            "are of accounts nobody published": (1, "acct-9/who", False),
+            "have no price (unknown account) and would wait, parked": (
+                1,
+                "acct-9/who: expected an account of the catalog, got 'acct-9'",
+                True,
+            ),
         }
         assert [one[:3] for one in backfills.summary(world.connection, "june", 9)] == [
             ("acct-1", "llm.request", 6),
             ("acct-9", "llm.request", 1),
         ]
 
+        with pytest.raises(BackfillError, match=r"1 events of june have no price .*: publish it first"):
+            commit(world)
+        world.publish(*account_items("acct-9"), topic=False)  # known here, and not to the raters yet
         died = subprocess.run([sys.executable, "-c", _DIES], env=world.environment(), timeout=60)
         assert died.returncode == -signal.SIGKILL
         eventually(lambda: world.scalar("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"), lambda n: n == 0)
@@ -98,7 +108,7 @@ def test_staged_committed_over_a_crash_and_reverted_as_a_whole(world: World) -> 
         # An event of it is parked: as long as it may still be billed, the revert is not over.
         assert revert(world) == (5, "reverting")
         assert world.connection.execute(output).fetchall() == [(1, Decimal(2), 2 * OUTPUT_PRICE)]
-        world.publish(*account_items("acct-9"))
+        world.publish(*account_items("acct-9"), table=False)
         eventually(lambda: world.billed("who"))
         assert revert(world) == (1, "reverted")
         with pytest.raises(BackfillError, match="reverted already"):
@@ -125,6 +135,44 @@ def test_a_commit_that_died_is_reverted_with_what_it_sent_and_never_wrote_down(w
             assert revert(world) == (3, "reverted")
     assert backfills.outcome(world.connection, "june") == Outcome(0, 3, 0, 0, 0)
     assert world.scalar("SELECT sum(amount) FROM billing.invoice_line") == 0
+
+
+@pytest.mark.parametrize("cut_off", ["held", "produced"])
+def test_a_command_that_was_cut_off_sends_nothing_after_a_revert(world: World, cut_off: str) -> None:
+    """Its connection to PostgreSQL is lost in the middle of a portion, it is reverted, and only then does it go on."""
+    stage(world, *(staged(f"k{n}") for n in range(5)))
+    with connect(world.settings.dsn, application="zombie", autocommit=True) as zombie:
+
+        def on_step(step: str) -> None:
+            if step == cut_off:
+                world.scalar("SELECT pg_terminate_backend(%s, 10000)", zombie.info.backend_pid)
+                assert revert(world) == (0, "reverted")
+
+        with pytest.raises(BackfillError, match="Kafka did not confirm 5 events"):
+            backfills.commit(zombie, world.settings, SCHEMAS, "june", actor="eve", on_step=on_step)
+    assert on_topic(world) == []
+    assert backfills.get(world.connection, "june").state == "reverted"
+
+
+def test_a_command_that_finds_its_backfill_reverted_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backfills, "PORTION", 2)
+    stage(world, *(staged(f"k{n}") for n in range(5)))
+
+    def on_sent(_: int) -> None:
+        world.connection.execute("UPDATE billing.backfill SET state = 'reverting'")
+
+    with pytest.raises(BackfillError, match="june is reverting by now"):
+        backfills.commit(world.connection, world.settings, SCHEMAS, "june", actor="eve", on_sent=on_sent)
+    assert on_topic(world) == ["k0", "k1"]
+    assert backfills.get(world.connection, "june").sent == 2
+
+
+def on_topic(world: World) -> list[str]:
+    """Keys of the events that a rater can read."""
+    starts = {(world.topics.events, partition): 0 for partition in range(world.settings.partitions)}
+    return sorted(
+        SCHEMAS.decode(message.value(), EVENTS)["idempotency_key"] for message in peek(world.settings, starts)
+    )
 
 
 def test_what_cannot_be_billed_any_more_stops_the_commit(world: World) -> None:
@@ -179,3 +227,6 @@ def test_live_usage_comes_first(world: World) -> None:
         backfills.commit(world.connection, world.settings, SCHEMAS, "june", actor="ada", lag_max=2, on_lag=on_lag)
     assert told == [3, 3] and backfills.get(world.connection, "june").sent == 0
     assert commit(world, lag_max=3).sent == 1
+    # The marker behind a portion is no event that waits.
+    stage(world, staged("b"), name="july")
+    assert commit(world, "july", lag_max=4).sent == 1

@@ -17,6 +17,7 @@ from pipeline.operations import corrections
 from pipeline.operations.corrections import Decided, Decision, Pick, Selection
 from pipeline.operations.events import Mend, parse_mend
 from pipeline.operations.peek import peek
+from pipeline.operations.previews import preview
 from tests.operations.world import INPUT_PRICE, OUTPUT_PRICE, SCHEMAS, World, eventually
 
 _DIES = """
@@ -85,10 +86,10 @@ def test_voided_replaced_and_voided_again(world: World) -> None:
         emitted(world, "a", "b", input_tokens="400000")
         chosen = corrections.select(world.connection, Selection(account="acct-1"))
         assert [one.idempotency_key for one in chosen] == ["a", "b"]
-        billed = {one.charge: tuple(one)[3:] for one in corrections.held(world.connection, chosen)}
+        billed = {one.charge: tuple(one)[3:] for one in preview(world.connection, chosen).held}
         both = 500_000 * INPUT_PRICE + 300_000 * INPUT_PRICE / 2
-        assert billed["input"] == (2, 800_000, both, -both)
-        [alone] = [one for one in corrections.held(world.connection, chosen[:1]) if one.charge == "input"]
+        assert billed["input"] == (2, 800_000, both, 0, -both)
+        [alone] = [one for one in preview(world.connection, chosen[:1]).held if one.charge == "input"]
         assert (alone.amount, alone.change) == (400_000 * INPUT_PRICE, 400_000 * INPUT_PRICE - both)
 
         # b came to 100,000 at the first price and 300,000 at the second. Without a, all of it is at the first.
@@ -150,7 +151,7 @@ def test_what_is_refused_by_the_command_by_the_rater_and_by_the_sink(world: Worl
             correct(world, [pick(world, "b")], "input_tokens=5")
             assert entries(world, "b") == [(0, "usage", 10), (3, "void", -10), (4, "correction", 5)]
 
-            world.connection.execute("UPDATE billing.invoice SET state = 'issued'")
+            world.connection.execute("UPDATE billing.invoice SET state = 'reviewed'")
             [refused] = decide(world, [pick(world, "a")]).refused
             assert "closed period" in refused[1] and "adjustment" in refused[1]
             world.connection.execute("UPDATE billing.invoice SET state = 'open'")
@@ -161,11 +162,15 @@ def test_what_is_refused_by_the_command_by_the_rater_and_by_the_sink(world: Worl
         assert corrections.send(world.connection, world.settings) == 1
         assert len(decide(world, [pick(world, "a")]).refused) == 1
 
-        # The period closes before the rows come: put aside, seen, and nothing billed is touched.
+        # The period closes before the rows come: they stand in its supplement, and nothing billed is touched.
         world.connection.execute("UPDATE billing.invoice SET state = 'issued'")
         with world.sink():
-            settled(world, first.numbers, "quarantined")
-    assert tuple(lines(world)["output"]) == (4, 4 * OUTPUT_PRICE, 2)
+            settled(world, first.numbers, "applied")
+    found = world.connection.execute(
+        """SELECT supplement, quantity::int, events FROM billing.invoice_line AS line
+        JOIN billing.invoice ON invoice.id = invoice_id WHERE charge = 'output' ORDER BY 1"""
+    ).fetchall()
+    assert found == [(0, 4, 2), (1, -2, -1)]
 
 
 def test_an_event_that_is_half_written_is_not_corrected_by_half(world: World) -> None:

@@ -74,15 +74,14 @@ class World:
         """The settings, changed; made anew, since a copy would keep the connection it has worked out."""
         return Settings(**{**self.settings.model_dump(exclude={"kafka"}), **changes})
 
-    def publish(self, *items: tuple[str, Item]) -> None:
-        """Into the table and onto the topic, as the relay would."""
+    def publish(self, *items: tuple[str, Item], table: bool = True, topic: bool = True) -> None:
+        """Into the table and onto the topic, as the relay would; only one of them on its way there."""
         for kind, item in items:
             document = json.dumps(to_document(item))
-            self.connection.execute(
-                "INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by) "
-                "VALUES (%s, %s, 1, %s, %s, 'test')",
-                [kind, item.id, to_datetime(BEGINNING), document],
-            )
+            if table:
+                self._insert(kind, item.id, document)
+            if not topic:
+                continue
             entry = {
                 "kind": kind,
                 "id": item.id,
@@ -93,6 +92,13 @@ class World:
             value = SCHEMAS.encode(CATALOG, entry | {"published_at": to_datetime(BEGINNING), "published_by": "test"})
             self._producer.produce(self.topics.catalog, value, f"{kind}/{item.id}/1")
         assert self._producer.flush(15) == 0
+
+    def _insert(self, kind: str, id: str, document: str) -> None:
+        self.connection.execute(
+            "INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by) "
+            "VALUES (%s, %s, 1, %s, %s, 'test')",
+            [kind, id, to_datetime(BEGINNING), document],
+        )
 
     def event(self, key: str, account: str = "acct-1", at_us: int | None = None, **properties: str) -> Origin:
         """Emit a usage event of now; where it arrived."""
