@@ -5,9 +5,9 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from pipeline.catalog.fields import ID
 from pipeline.catalog.models import (
     CHARGE_MODELS,
-    ID,
     OVERRIDES,
     REPLACEMENTS,
     CellModel,

@@ -4,7 +4,7 @@ What has begun stays: the prices of rated usage, a contract's phases, an account
 open periods, which are then re-rated; an issued invoice is never touched.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain, combinations, product
 from typing import Any, NamedTuple, TypeAlias
@@ -24,14 +24,15 @@ from pipeline.catalog.files import (
     scope_finding,
     span,
 )
-from pipeline.catalog.source import Finding, suggestion
+from pipeline.catalog.source import Finding, one_of, suggestion
 from pipeline.core.catalog import NOTICE_S
 from pipeline.core.charges import PER_EVENT, check_metering
-from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.contracts import Account, Contract, Phase, phase_spans
+from pipeline.core.cycles import in_words
 from pipeline.core.documents import Entry, Kind, from_document, kind_of, to_document
 from pipeline.core.meters import Meter
 from pipeline.core.money import Micros
-from pipeline.core.periods import format_instant
+from pipeline.core.periods import BEGINNING, NEVER, format_instant
 from pipeline.core.plans import Plan, PriceList, overridden
 
 #: Time between publishing a price and its first event: raters know it within 2 seconds, the rest is for their clocks.
@@ -44,8 +45,6 @@ Begins: TypeAlias = Mapping[tuple[Kind, str], Micros]
 
 _MICROSECOND = timedelta(microseconds=1)
 _SECOND_US: Micros = 1_000_000
-#: After every instant.
-_NEVER: Micros = 2**63 - 1
 
 
 def contradictions(
@@ -54,11 +53,17 @@ def contradictions(
     """Every contradiction. ``begins`` lacks drafts that are refused already."""
     findings = [*_currency_changes(drafts.plans, known), *_meters(connection, drafts, known)]
     findings += _prices(connection, drafts, known, begins, now)
+    findings += _newly_shared(connection, drafts, known, now)
     if drafts.accounts:
         findings += _accounts(connection, drafts, known, now)
         findings += _contracts(connection, drafts, known, now, back_dated=back_dated)
     findings += _issued(connection, drafts, known, begins)
     return list(dict.fromkeys(findings))
+
+
+def unknown_names(connection: "Connection[Any]", drafts: Drafts) -> list[Finding]:
+    """What contracts and accounts name that nobody published: told at once, also where files have other mistakes."""
+    return [*_agreed(connection, drafts.contracts), *_parents(connection, drafts)]
 
 
 def key_of(draft: AnyDraft) -> tuple[Kind, str]:
@@ -178,7 +183,7 @@ def _spans(name: str, drafts: Iterable[AnyDraft], published: Iterable[store.Vers
     starts = sorted(found)
     return [
         _Version(found[start][0], start, end, found[start][1])
-        for start, end in zip(starts, [*starts[1:], _NEVER], strict=True)
+        for start, end in zip(starts, [*starts[1:], NEVER], strict=True)
     ]
 
 
@@ -258,17 +263,15 @@ def _accounts(connection: "Connection[Any]", drafts: Drafts, known: Known, now: 
 
 def _relations(connection: "Connection[Any]", drafts: Drafts) -> Iterator[Finding]:
     """Parents are accounts and not below their children; a name stands for one account."""
+    yield from _parents(connection, drafts)
     drafted = {draft.item.id: draft for draft in drafts.accounts}
     related = [account for account in store.related_accounts(connection, drafted) if account.id not in drafted]
     parents = {account.id: account.parent for account in (*related, *(draft.item for draft in drafts.accounts))}
-    wanted = {parent for parent in parents.values() if parent is not None} - drafted.keys()
     aliases = {alias for draft in drafts.accounts for alias in draft.item.aliases}
-    there = {name for _, name in store.newest(connection, [("account", name) for name in sorted(wanted | aliases)])}
+    there = _published_accounts(connection, aliases)
     owners = {alias: account.id for account in related for alias in account.aliases}
     for draft in drafts.accounts:
         account = draft.item
-        if account.parent is not None and account.parent not in drafted.keys() | there:
-            yield draft.where.finding(f"expected an account as parent, got {account.parent!r}: add it to the file")
         for name in (account.id, *account.aliases):
             owner = owners.get(name) or (name if name in there - drafted.keys() else None)
             if owner is not None and owner != account.id:
@@ -279,33 +282,118 @@ def _relations(connection: "Connection[Any]", drafts: Drafts) -> Iterator[Findin
             yield cycle_finding(first.where, circle)
 
 
+def _parents(connection: "Connection[Any]", drafts: Drafts) -> Iterator[Finding]:
+    """A parent is an account, published or of the files."""
+    parents = {draft.item.parent for draft in drafts.accounts if draft.item.parent is not None}
+    there = drafts.named_accounts | _published_accounts(connection, parents - drafts.named_accounts)
+    for draft in drafts.accounts:
+        if draft.item.parent is not None and draft.item.parent not in there:
+            yield draft.where.finding(f"expected an account as parent, got {draft.item.parent!r}: add it to the file")
+
+
+def _published_accounts(connection: "Connection[Any]", names: Collection[str]) -> set[str]:
+    """Which of these names are ids of published accounts."""
+    keys: list[tuple[Kind, str]] = [("account", name) for name in sorted(names)]
+    return {name for _, name in store.newest(connection, keys)} if keys else set()
+
+
 def _contracts(
     connection: "Connection[Any]", drafts: Drafts, known: Known, now: Micros, *, back_dated: bool
 ) -> Iterator[Finding]:
-    names = {phase.plan for draft in drafts.contracts for phase in draft.item.phases}
-    plans = {
-        name: entry.document["currency"]
-        for (_, name), entry in store.newest(connection, [("plan", name) for name in sorted(names)]).items()
-    }
-    all_plans = store.ids(connection, "plan") if names - plans.keys() else []
+    yield from _agreed(connection, drafts.contracts)
+    for draft in drafts.contracts:
+        yield from _begun(draft, known, now, back_dated=back_dated)
+    accounts = [draft.item.id for draft in drafts.accounts]
+    published = {contract.id: contract for contract in store.contracts_of(connection, accounts)}
+    holding = published | {draft.item.id: draft.item for draft in drafts.contracts}
+    changed = [draft for draft in drafts.contracts if _changes(draft, known)]
+    rated = store.rated_usage(connection, accounts) if changed else {}
+    yield from _other_periods(changed, published, holding, rated)
+    if not back_dated:
+        yield from _back_dated(changed, known, holding, rated, now)
+    in_files = {draft.item.id for draft in drafts.contracts}
+    others = [
+        Draft(contract, drafts.accounts[0].where) for contract in published.values() if contract.id not in in_files
+    ]
+    yield from _overlaps(connection, [*others, *drafts.contracts], in_files)
+
+
+def _plans(connection: "Connection[Any]", names: Collection[str]) -> dict[str, Plan]:
+    """The newest version of each of these plans that has one."""
+    entries = store.newest(connection, [("plan", name) for name in sorted(names)]).values()
+    return {plan.id: plan for entry in entries if isinstance(plan := from_document(entry), Plan)}
+
+
+#: The event types that plans charge, by plan.
+EventTypes: TypeAlias = Mapping[str, Collection[str]]
+
+
+def _overlaps(
+    connection: "Connection[Any]", contracts: Sequence[Draft[Contract]], in_files: Collection[str]
+) -> Iterator[Finding]:
+    """Contracts of an account at the same time each charge other types of events: an event is one contract's."""
+    pairs = [(one, other) for one, other in overlapping(contracts) if other.item.id in in_files]
+    names = {phase.plan for pair in pairs for draft in pair for phase in draft.item.phases}
+    charged = _event_types(connection, _plans(connection, names).values())
+    for one, other in pairs:
+        if both := _charged_twice(one.item, other.item, charged):
+            yield overlap_finding(other, one.item, both)
+
+
+def _newly_shared(connection: "Connection[Any]", drafts: Drafts, known: Known, now: Micros) -> Iterator[Finding]:
+    """Plans that begin to charge events which another contract charges that some account has beside one on them."""
+    types = {draft.item.id: draft.item.event_type for draft in drafts.meters}
+    plans = {draft.item.id: draft for draft in drafts.plans}
+    before = _event_types(connection, [plan for one in plans.values() if isinstance(plan := _before(one, known), Plan)])
+    after = _event_types(connection, [draft.item for draft in plans.values()], types)
+    gained = {name: set(after[name]) - set(charged) for name, charged in before.items()}
+    wider = [name for name, new in gained.items() if new]
+    contracts = store.contracts_beside(connection, wider) if wider else []
+    names = {phase.plan for contract in contracts for phase in contract.phases}
+    charged = _event_types(connection, _plans(connection, names - plans.keys()).values()) | after
+    for one, other in overlapping([Draft(contract, drafts.plans[0].where) for contract in contracts]):
+        both = _charged_twice(one.item, other.item, charged, now)
+        for name in wider:
+            here = any(phase.plan == name for draft in (one, other) for phase in draft.item.phases)
+            if here and (shared := sorted(gained[name].intersection(both))):
+                yield plans[name].where.finding(
+                    f"expected no charge of {one_of(shared, 'and')} in plan {name!r}, since account "
+                    f"{one.item.account!r} has {one.item.id!r} and {other.item.id!r} at a time: both would charge it"
+                )
+
+
+def _event_types(
+    connection: "Connection[Any]", plans: Iterable[Plan], types: Mapping[str, str] | None = None
+) -> dict[str, Collection[str]]:
+    """The event types each of these plans charges, by the meters' newest versions, or by ``types`` of meters."""
+    known, plans = dict(types or {}), list(plans)
+    meters = {charge.meter for plan in plans for charge in plan.charges if charge.meter is not None} - known.keys()
+    entries = store.newest(connection, [("meter", name) for name in sorted(meters)]).values() if meters else ()
+    known |= {meter.id: meter.event_type for entry in entries if isinstance(meter := from_document(entry), Meter)}
+    return {plan.id: {known[charge.meter] for charge in plan.charges if charge.meter in known} for plan in plans}
+
+
+def _charged_twice(one: Contract, other: Contract, charged: EventTypes, from_us: Micros = BEGINNING) -> list[str]:
+    """The event types that two contracts would both charge at a time from ``from_us`` on."""
+    both: set[str] = set()
+    for left, right in product(phase_spans(one), phase_spans(other)):
+        if max(left.start_us, right.start_us, from_us) < min(left.end_us, right.end_us):
+            both.update(set(charged.get(left.plan, ())).intersection(charged.get(right.plan, ())))
+    return sorted(both)
+
+
+def _agreed(connection: "Connection[Any]", contracts: Sequence[Draft[Contract]]) -> Iterator[Finding]:
+    """The plans and price lists of contracts."""
+    names = {phase.plan for draft in contracts for phase in draft.item.phases}
+    currencies = {name: plan.currency for name, plan in _plans(connection, names).items()}
+    all_plans = store.ids(connection, "plan") if names - currencies.keys() else []
     price_lists = {
         version.entry.id: version.item
         for version in store.price_lists_of(connection, names)
         if isinstance(version.item, PriceList)
     }
-    for draft in drafts.contracts:
-        yield from _phases(draft, plans, price_lists, all_plans)
-        yield from _begun(draft, known, now, back_dated=back_dated)
-    accounts = [draft.item.id for draft in drafts.accounts]
-    if not back_dated:
-        rated = store.rated_usage(connection, accounts)
-        yield from _back_dated([draft for draft in drafts.contracts if _changes(draft, known)], known, rated, now)
-    in_files = {draft.item.id for draft in drafts.contracts}
-    published = store.contracts_of(connection, accounts)
-    others = [Draft(contract, drafts.accounts[0].where) for contract in published if contract.id not in in_files]
-    for one, other in overlapping([*others, *drafts.contracts]):
-        if one.item.id not in in_files:
-            yield overlap_finding(other, one.item)
+    for draft in contracts:
+        yield from _phases(draft, currencies, price_lists, all_plans)
 
 
 def _phases(
@@ -351,6 +439,11 @@ def _begun(draft: Draft[Contract], known: Known, now: Micros, *, back_dated: boo
             f"expected legal_entity {before.legal_entity or 'none'}, since {contract.id!r} has begun and its invoices "
             f"are that company's, got {contract.legal_entity or 'none'}: end it and add another after it"
         )
+    if before.cycle != contract.cycle:
+        yield where.finding(
+            f"expected a cycle of {in_words(before.cycle)}, since {contract.id!r} has begun and other periods would "
+            f"overlap billed ones, got {in_words(contract.cycle)}: end it and add another after it"
+        )
     if back_dated:
         return
     if (before.plan, before.start_us) != (contract.plan, contract.start_us):
@@ -383,8 +476,38 @@ def _said(phases: Iterable[Phase]) -> str:
     )
 
 
+def _other_periods(
+    contracts: Sequence[Draft[Contract]],
+    published: Mapping[str, Contract],
+    holding: Mapping[str, Contract],
+    rated: Mapping[str, Sequence[store.RatedUsage]],
+) -> Iterator[Finding]:
+    """Contracts that would take over usage whose invoice has another period: back-dating moves none between these."""
+    for draft in contracts:
+        contract = draft.item
+        for usage in rated.get(contract.account, ()):
+            was = published.get(usage.contract)
+            meets = contract.meets(usage.first_us, usage.last_us + 1)
+            if was is not None and meets and not _keeps(holding, usage) and was.cycle != contract.cycle:
+                yield draft.where.finding(
+                    f"expected a cycle of {in_words(was.cycle)}, since usage of {usage.contract!r} from "
+                    f"{format_instant(usage.first_us)} to {format_instant(usage.last_us)} is on invoices of its "
+                    f"periods, got {in_words(contract.cycle)}: begin after it"
+                )
+
+
+def _keeps(holding: Mapping[str, Contract], usage: store.RatedUsage) -> bool:
+    """Whether usage stays with the contract it was rated under."""
+    contract = holding.get(usage.contract)
+    return contract is not None and contract.covers(usage.first_us) and contract.covers(usage.last_us)
+
+
 def _back_dated(
-    contracts: Sequence[Draft[Contract]], known: Known, rated: Mapping[str, Sequence[store.RatedUsage]], now: Micros
+    contracts: Sequence[Draft[Contract]],
+    known: Known,
+    holding: Mapping[str, Contract],
+    rated: Mapping[str, Sequence[store.RatedUsage]],
+    now: Micros,
 ) -> Iterator[Finding]:
     """Contracts that would change what covers usage that is rated: it keeps its price, so that is a correction."""
     for draft in contracts:
@@ -392,7 +515,7 @@ def _back_dated(
         usages = rated.get(contract.account, ())
         if not isinstance(before, Contract) or before.start_us > now:
             for usage in usages:
-                if contract.start_us <= usage.last_us and (end_us is None or usage.first_us < end_us):
+                if contract.meets(usage.first_us, usage.last_us + 1) and not _keeps(holding, usage):
                     yield draft.where.finding(
                         f"expected a time without rated usage, since that keeps its price, got {contract.id!r} "
                         f"({span(contract)}) while {usage.contract!r} has usage rated from "
@@ -448,7 +571,7 @@ def _segment(before: object) -> str | None:
 
 def _first_difference(before: object, after: Contract) -> Micros | None:
     """From when on a contract prices otherwise than its version before, if it does."""
-    if not isinstance(before, Contract) or before.start_us != after.start_us:
+    if not isinstance(before, Contract) or (before.start_us, before.cycle) != (after.start_us, after.cycle):
         starts = [item.start_us for item in (before, after) if isinstance(item, Contract)]
         return min(starts)
     times = {phase.start_us for phase in set(before.phases) ^ set(after.phases)}

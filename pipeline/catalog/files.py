@@ -13,10 +13,11 @@ from typing import Generic, TypeAlias, TypeVar, cast, overload
 from zoneinfo import ZoneInfo
 
 from pipeline.catalog.charges import Properties, check_properties, ids_of, read_charge, read_override, read_pools
+from pipeline.catalog.fields import ID
 from pipeline.catalog.models import (
-    ID,
     AccountModel,
     ContractModel,
+    CycleModel,
     EventTypeModel,
     MeterModel,
     PhaseModel,
@@ -39,11 +40,12 @@ from pipeline.catalog.source import (
     uncollected,
 )
 from pipeline.core.contracts import Account, Contract, Phase, overlap
+from pipeline.core.cycles import MONTHLY, Cycle, anchored
 from pipeline.core.expressions import compile_expression
 from pipeline.core.meters import Conversion, Filter, Meter, Operator, Rounding
 from pipeline.core.meters import faults as meter_faults
 from pipeline.core.money import Micros
-from pipeline.core.periods import format_instant, local_midnight
+from pipeline.core.periods import format_instant, local_midnight, to_datetime
 from pipeline.core.plans import Override, Plan, PoolOverride, PriceList
 
 _UTC = ZoneInfo("UTC")
@@ -75,6 +77,8 @@ class Drafts:
     plans: list[Draft[Plan]] = field(default_factory=list)
     price_lists: list[Draft[PriceList]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    #: Ids of all accounts of the files, of those with mistakes too.
+    named_accounts: set[str] = field(default_factory=set)
 
     def all(self) -> list[AnyDraft]:
         return [*self.accounts, *self.contracts, *self.meters, *self.plans, *self.price_lists]
@@ -114,14 +118,13 @@ def read_account_files(paths: Sequence[Path]) -> Drafts:
         _check_sections(source, ("accounts",))
     accounts = [part for source in sources for part in Part(source, (), source.data).parts("accounts")]
     contracts = [_read_account(part, drafts) for part in accounts]
+    drafts.named_accounts = {name for part in accounts if isinstance(name := get(part.data, "id"), str)}
     report_repeats([(part, get(part.data, "id")) for part in accounts])
     report_repeats(list(chain.from_iterable(contracts)))
     _check_aliases(accounts)
     for circle in parent_cycles({draft.item.id: draft.item.parent for draft in drafts.accounts}):
         where = next(part.where("parent") for part in accounts if get(part.data, "id") == circle[0])
         drafts.findings.append(cycle_finding(where, circle))
-    for one, other in overlapping(drafts.contracts):
-        drafts.findings.append(overlap_finding(other, one.item))
     return _finished(drafts, sources)
 
 
@@ -160,10 +163,10 @@ def scope_finding(draft: Draft[PriceList], other: PriceList) -> Finding:
     )
 
 
-def overlap_finding(draft: Draft[Contract], other: Contract) -> Finding:
+def overlap_finding(draft: Draft[Contract], other: Contract, event_types: Sequence[str]) -> Finding:
     return draft.where.finding(
-        f"expected contracts of an account one after another, got {draft.item.id!r} ({span(draft.item)}) "
-        f"while {other.id!r} ({span(other)}) runs"
+        f"expected one contract of an account at a time to charge {one_of(event_types, 'and')}, got {draft.item.id!r} "
+        f"({span(draft.item)}) while {other.id!r} ({span(other)}) does"
     )
 
 
@@ -244,7 +247,7 @@ def _read_plan(part: Part, meters: Mapping[str, Meter | None], properties: Prope
     if plan is None:
         name = get(part.data, "id")
         return Plan(name, 0, "", "", 0, *priced) if isinstance(name, str) else None
-    item = Plan(plan.id, 0, plan.name, plan.currency, 0, *priced, plan.prorate, trial_days=plan.trial_days)
+    item = Plan(plan.id, 0, plan.name, plan.currency, 0, *priced, plan.prorate, plan.trial_days, plan.prorate_by)
     drafts.plans.append(Draft(item, part.where("id"), _instant(plan.valid_from)))
     return item
 
@@ -329,6 +332,7 @@ def _read_account(part: Part, drafts: Drafts) -> list[tuple[Part, Data]]:
             trial_days=model.trial_days,
             legal_entity=model.legal_entity or "",
             later_phases=later,
+            cycle=_cycle(model.cycle, start, zone),
         )
         drafts.contracts.append(Draft(item, contract.where("id"), plan_where=contract.where("plan")))
     if account is not None:
@@ -358,6 +362,14 @@ def _later_phases(
         plan, before = model.plan or plan, begins
         found.append(Phase(begins, plan, model.price_list, model.trial_days))
     return tuple(found)
+
+
+def _cycle(model: CycleModel | None, start: Micros, zone: ZoneInfo) -> Cycle:
+    """A contract's billing cycle; by the calendar unless it is anchored to a day."""
+    if model is None:
+        return MONTHLY
+    anchor = to_datetime(start).astimezone(zone) if model.anchor == "start" else model.anchor
+    return anchored(model.every, anchor.month, anchor.day) if isinstance(anchor, date) else Cycle(model.every)
 
 
 def _check_aliases(accounts: Iterable[Part]) -> None:

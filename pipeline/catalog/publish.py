@@ -17,7 +17,7 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.catalog import store
-from pipeline.catalog.contradictions import NOTICE, Known, contradictions, key_of, whole_second
+from pipeline.catalog.contradictions import NOTICE, Known, contradictions, key_of, unknown_names, whole_second
 from pipeline.catalog.files import AnyDraft, Drafts
 from pipeline.catalog.source import Finding
 from pipeline.core.documents import DATED, Item, Kind, canonical_json, to_document
@@ -91,7 +91,7 @@ def publish_on(
 ) -> list[Published]:
     """As ``publish``, within the caller's transaction: for what has to happen together with it, or only be tried."""
     if drafts.findings:
-        raise Refused(drafts.findings)
+        raise Refused(sorted({*drafts.findings, *unknown_names(connection, drafts)}))
     # One publication at a time: versions have no holes, and the outbox's order is the order of commits.
     connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('tally.publish', 0))")
     now = _database_time(connection)

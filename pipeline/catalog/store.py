@@ -61,6 +61,32 @@ def contracts_of(connection: "Connection[Any]", accounts: Iterable[str]) -> list
     return [item for entry in entries if isinstance(item := from_document(entry), Contract)]
 
 
+# A contract names its plans at the top and in its later phases.
+_SELECT_BESIDE = """
+WITH newest AS (
+    SELECT DISTINCT ON (id) kind, id, version, valid_from, document FROM billing.catalog_version
+    WHERE kind = 'contract' ORDER BY id, version DESC
+), concerned AS (
+    SELECT document ->> 'account' AS account FROM newest
+    GROUP BY 1 HAVING count(*) > 1 AND bool_or(
+        document ->> 'plan' = ANY(%(plans)s)
+        OR EXISTS (SELECT FROM jsonb_array_elements(document -> 'later_phases') AS phase
+            WHERE phase ->> 'plan' = ANY(%(plans)s))
+    )
+)
+SELECT newest.* FROM newest JOIN concerned ON concerned.account = document ->> 'account' ORDER BY id
+"""
+
+
+def contracts_beside(connection: "Connection[Any]", plans: Iterable[str]) -> list[Contract]:
+    """The newest version of every contract of accounts that have several, one of them on one of these plans; by id.
+
+    Reads every contract: for a question asked now and then.
+    """
+    entries = [_entry(*row) for row in connection.execute(_SELECT_BESIDE, {"plans": sorted(plans)})]
+    return [item for entry in entries if isinstance(item := from_document(entry), Contract)]
+
+
 _SELECT_PRICE_LISTS = """
 SELECT kind, id, version, valid_from, document, published_at, published_by, reason
 FROM billing.catalog_version

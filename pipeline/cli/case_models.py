@@ -5,39 +5,44 @@ result by the names that examples use; the case says which of it it expects. Not
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
+from pipeline.cli.case_numbers import (
+    Inputs,
+    Results,
+    Run,
+    amount_of,
+    both,
+    decimal_of,
+    money_of,
+    named_amount,
+    quantity_of,
+    units_of,
+)
 from pipeline.cli.credit_cases import CREDIT_CASES
+from pipeline.cli.invoice_cases import INVOICE_CASES, document, line_amounts, shown
+from pipeline.cli.proration_cases import PRORATION_CASES
 from pipeline.core.aggregation import Opening, aggregate, carried
-from pipeline.core.charges import Cell, Charge, Model, Tier, check_charge, compile_event_price, compile_price
+from pipeline.core.charges import Cell, Charge, Model, Tier, check_charge, compile_price
 from pipeline.core.closing import Closing, Counter, Member, Span, close_segment, closing_price
 from pipeline.core.commitments import settle
-from pipeline.core.credits import minor_step
 from pipeline.core.documents import Entry, from_document
 from pipeline.core.meters import Aggregation, Conversion, Meter, Rounding, RoundingMode, compile_measure
 from pipeline.core.money import (
     AMOUNT_DECIMALS,
-    QUANTITY_DECIMALS,
     Amount,
     Micros,
     Quantity,
-    round_half_up_div,
     scaled,
 )
 from pipeline.core.periods import Period, parse_instant
 from pipeline.core.plans import Pool
-from pipeline.core.reasons import Rejection
-
-Inputs: TypeAlias = Mapping[str, Any]
-#: Numbers are exact Fractions, in whole units; under names that end in ``_cents``, hundredths of the currency.
-Results: TypeAlias = dict[str, Any]
-Run: TypeAlias = Callable[[Inputs], Results]
 
 _DAY_US: Micros = 86_400_000_000
 _MONTH = Period(0, 30 * _DAY_US)
@@ -46,38 +51,8 @@ _USAGE = Meter("usage", 1, "usage", "sum", "value", "unit", (), True, 0)
 _CENTS = 100
 
 
-# -- numbers
-
-
-def _decimal(value: Any) -> Decimal:
-    try:
-        return Decimal(str(value))
-    except InvalidOperation:
-        raise ValueError(f"expected a number, got {value!r}") from None
-
-
-def _quantity(value: Any) -> Quantity:
-    return scaled(_decimal(value), QUANTITY_DECIMALS)
-
-
-def _amount(value: Any) -> Amount:
-    return scaled(_decimal(value), AMOUNT_DECIMALS)
-
-
-def _units(quantity: Quantity) -> Fraction:
-    return Fraction(quantity, 10**QUANTITY_DECIMALS)
-
-
-def _money(amount: Amount) -> Fraction:
-    return Fraction(amount, 10**AMOUNT_DECIMALS)
-
-
 def _cents(amount: Amount) -> Fraction:
-    return _money(amount) * _CENTS
-
-
-def _of_cents(value: Any) -> Amount:
-    return scaled(_decimal(value).scaleb(-2), AMOUNT_DECIMALS)
+    return money_of(amount) * _CENTS
 
 
 # -- charges by quantity
@@ -90,16 +65,16 @@ def _charge(model: Model, inputs: Inputs, **more: Any) -> Charge:
         "case",
         "usage",
         model,
-        unit_price=_decimal(inputs["unit"]) if "unit" in inputs else None,
+        unit_price=decimal_of(inputs["unit"]) if "unit" in inputs else None,
         tiers=tiers,
-        package_size=_quantity(inputs["package_size"]) if "package_size" in inputs else None,
-        package_price=_decimal(inputs.get("package_price", 0)),
-        included=_quantity(inputs.get("free_units") or 0),
+        package_size=quantity_of(inputs["package_size"]) if "package_size" in inputs else None,
+        package_price=decimal_of(inputs.get("package_price", 0)),
+        included=quantity_of(inputs.get("free_units") or 0),
         flat_on_zero=inputs.get("flat_on_zero", True),
         bound=inputs.get("bound", "inclusive"),
         beyond=inputs.get("beyond"),
-        minimum=_decimal(inputs["minimum"]) if "minimum" in inputs else None,
-        maximum=_decimal(inputs["maximum"]) if "maximum" in inputs else None,
+        minimum=decimal_of(inputs["minimum"]) if "minimum" in inputs else None,
+        maximum=decimal_of(inputs["maximum"]) if "maximum" in inputs else None,
     )
     charge = replace(charge, **more)
     if charge.tiers and charge.tiers[-1].up_to is not None and charge.beyond is None:
@@ -110,11 +85,11 @@ def _charge(model: Model, inputs: Inputs, **more: Any) -> Charge:
 
 def _tier(line: Inputs) -> Tier:
     return Tier(
-        None if line["up_to"] is None else _quantity(line["up_to"]),
-        _decimal(line.get("unit", 0)),
-        _decimal(line.get("flat", line.get("price", 0))),
-        _decimal(line["rate_pct"]) if "rate_pct" in line else None,
-        _decimal(line["cap"]) if "cap" in line else None,
+        None if line["up_to"] is None else quantity_of(line["up_to"]),
+        decimal_of(line.get("unit", 0)),
+        decimal_of(line.get("flat", line.get("price", 0))),
+        decimal_of(line["rate_pct"]) if "rate_pct" in line else None,
+        decimal_of(line["cap"]) if "cap" in line else None,
     )
 
 
@@ -141,7 +116,7 @@ def _lines(closing: Closing) -> list[Amount]:
 
 def _by_quantity(model: Model, inputs: Inputs, **more: Any) -> Results:
     charge = _charge(model, inputs, **more)
-    return _shown(charge, _closed(charge, _quantity(inputs["quantity"])))
+    return _shown(charge, _closed(charge, quantity_of(inputs["quantity"])))
 
 
 def _shown(charge: Charge, closing: Closing) -> Results:
@@ -149,14 +124,14 @@ def _shown(charge: Charge, closing: Closing) -> Results:
     packages = sum(part.packages or 0 for part in usage)
     discount = -_part(closing, "maximum")
     return {
-        "total": _money(closing.amount),
-        "usage": _money(_part(closing, "usage")),
-        "minimum_line": _money(_part(closing, "minimum")),
-        "discount": _money(discount),
-        "tier_amounts": [_money(part.amount) for part in usage],
-        "line_amounts": [_money(line) for line in _lines(closing)],
+        "total": money_of(closing.amount),
+        "usage": money_of(_part(closing, "usage")),
+        "minimum_line": money_of(_part(closing, "minimum")),
+        "discount": money_of(discount),
+        "tier_amounts": [money_of(part.amount) for part in usage],
+        "line_amounts": [money_of(line) for line in _lines(closing)],
         "packages": Fraction(packages),
-        "billed_units": _units(packages * (charge.package_size or 0)),
+        "billed_units": units_of(packages * (charge.package_size or 0)),
     }
 
 
@@ -166,9 +141,9 @@ def _stairstep(inputs: Inputs) -> Results:
 
 def _block_graduated(inputs: Inputs) -> Results:
     """Tiers hold so many blocks each; ours are bounded by their sum."""
-    size, bound, tiers = _decimal(inputs["block_size"]), Decimal(0), []
+    size, bound, tiers = decimal_of(inputs["block_size"]), Decimal(0), []
     for line in inputs["tiers"]:
-        bound += size * _decimal(line["blocks"] or 0)
+        bound += size * decimal_of(line["blocks"] or 0)
         tiers.append({"up_to": None if line["blocks"] is None else bound, "unit": line["price"]})
     return _by_quantity("block", {**inputs, "tiers": tiers, "package_size": size})
 
@@ -206,19 +181,19 @@ def _incremental(model: Model, inputs: Inputs) -> Results:
     charge = _charge(model, inputs)
     free = replace(charge, maximum=None)
     names = ("cumulative_before", "amount") if model == "graduated_percentage" else ("quantity_before", "quantity")
-    used, more = (_quantity(inputs[name]) for name in names)
+    used, more = (quantity_of(inputs[name]) for name in names)
     before, after = _closed(charge, used), _closed(charge, used + more)
-    billed = _amount(inputs["previously_billed"]) if "previously_billed" in inputs else before.amount
+    billed = amount_of(inputs["previously_billed"]) if "previously_billed" in inputs else before.amount
     usage = _closed(free, used + more).amount - _closed(free, used).amount
     lines = _added_lines(_closed(free, used), _closed(free, used + more))
     totals = _up_to(after.amount - billed, lines)
     return {
-        "total": _money(after.amount - billed),
-        "usage": _money(usage),
-        "discount": _money(usage - (after.amount - billed)),
-        "line_amounts": [_money(line) for line in lines],
-        "line_totals": [_money(total) for total in totals],
-        "line_discounts": [_money(line - total) for line, total in zip(lines, totals, strict=True)],
+        "total": money_of(after.amount - billed),
+        "usage": money_of(usage),
+        "discount": money_of(usage - (after.amount - billed)),
+        "line_amounts": [money_of(line) for line in lines],
+        "line_totals": [money_of(total) for total in totals],
+        "line_discounts": [money_of(line - total) for line, total in zip(lines, totals, strict=True)],
     }
 
 
@@ -251,21 +226,21 @@ def _percentage(inputs: Inputs) -> Results:
         "case",
         "usage",
         "percentage",
-        rate=_decimal(inputs["rate_pct"]),
-        fixed=_decimal(inputs.get("fixed_per_event", 0)),
+        rate=decimal_of(inputs["rate_pct"]),
+        fixed=decimal_of(inputs.get("fixed_per_event", 0)),
         free_events=inputs.get("free_events"),
-        free_amount=_quantity(inputs["free_amount"]) if inputs.get("free_amount") is not None else None,
-        event_minimum=_decimal(inputs["min"]) if inputs.get("min") is not None else None,
-        event_maximum=_decimal(inputs["max"]) if inputs.get("max") is not None else None,
+        free_amount=quantity_of(inputs["free_amount"]) if inputs.get("free_amount") is not None else None,
+        event_minimum=decimal_of(inputs["min"]) if inputs.get("min") is not None else None,
+        event_maximum=decimal_of(inputs["max"]) if inputs.get("max") is not None else None,
     )
     check_charge(charge)
     members = [Member(number, "", quantity) for number, quantity in enumerate(_event_quantities(inputs))]
     after = [closing_price(charge, _USAGE, members[:count], _SPAN) for count in range(len(members) + 1)]
     charged = [part for part in after[-1].parts if part.kind == "events"]
     return {
-        "total": _money(after[-1].amount),
-        "per_event": [_money(now.amount - before.amount) for before, now in pairwise(after)],
-        "percentage_part": sum((_units(part.quantity) * Fraction(part.unit_price) for part in charged), Fraction(0)),
+        "total": money_of(after[-1].amount),
+        "per_event": [money_of(now.amount - before.amount) for before, now in pairwise(after)],
+        "percentage_part": sum((units_of(part.quantity) * Fraction(part.unit_price) for part in charged), Fraction(0)),
         "fixed_part": sum((Fraction(part.flat) * (part.events or 0) for part in charged), Fraction(0)),
     }
 
@@ -273,8 +248,8 @@ def _percentage(inputs: Inputs) -> Results:
 def _event_quantities(inputs: Inputs) -> list[Quantity]:
     """Each event's own; some examples give the total after each of the first ones, and after all."""
     if isinstance(inputs["events"], list):
-        return [_quantity(event) for event in inputs["events"]]
-    totals = [0, *(_quantity(total) for total in inputs["running_total"]), _quantity(inputs["units"])]
+        return [quantity_of(event) for event in inputs["events"]]
+    totals = [0, *(quantity_of(total) for total in inputs["running_total"]), quantity_of(inputs["units"])]
     return [after - before for before, after in pairwise(totals)]
 
 
@@ -289,27 +264,32 @@ def _given_amounts(
 
 def _dynamic_events(inputs: Inputs) -> Results:
     events = inputs["events"]
-    units = _aggregated(_USAGE, [Member(number, "", _quantity(event["units"])) for number, event in enumerate(events)])
-    return {"units": _units(units), "total": _money(_given_amounts([_amount(event["amount"]) for event in events]))}
+    units = _aggregated(
+        _USAGE, [Member(number, "", quantity_of(event["units"])) for number, event in enumerate(events)]
+    )
+    return {
+        "units": units_of(units),
+        "total": money_of(_given_amounts([amount_of(event["amount"]) for event in events])),
+    }
 
 
 def _dynamic(inputs: Inputs) -> Results:
     """One more amount after those before it, marked up, under the charge's maximum."""
-    multiplier = _decimal(inputs.get("multiplier", 1))
-    maximum = _decimal(inputs["maximum"]) if "maximum" in inputs else None
-    before = [_amount(inputs["amount_before"])] if "amount_before" in inputs else []
-    after = [*before, _amount(inputs["amount"])]
+    multiplier = decimal_of(inputs.get("multiplier", 1))
+    maximum = decimal_of(inputs["maximum"]) if "maximum" in inputs else None
+    before = [amount_of(inputs["amount_before"])] if "amount_before" in inputs else []
+    after = [*before, amount_of(inputs["amount"])]
 
     def added(limit: Decimal | None) -> Amount:
         costs = (_given_amounts(amounts, multiplier=multiplier, maximum=limit) for amounts in (after, before))
         return next(costs) - next(costs)
 
     usage, total = added(None), added(maximum)
-    return {"usage": _money(usage), "discount": _money(usage - total), "total": _money(total)}
+    return {"usage": money_of(usage), "discount": money_of(usage - total), "total": money_of(total)}
 
 
 def _sum_of_amounts(inputs: Inputs) -> Results:
-    return {"total": _money(_given_amounts([_amount(part) for part in inputs["parts"]]))}
+    return {"total": money_of(_given_amounts([amount_of(part) for part in inputs["parts"]]))}
 
 
 # -- cells, fees and pools
@@ -318,17 +298,17 @@ def _sum_of_amounts(inputs: Inputs) -> Results:
 def _matrix(inputs: Inputs) -> Results:
     """Usage by cell: each cell's quantity at its price, or the default's."""
     by = tuple(inputs["by"])
-    cells = tuple(Cell(tuple(cell["values"]), _decimal(cell["unit"])) for cell in inputs["cells"])
+    cells = tuple(Cell(tuple(cell["values"]), decimal_of(cell["unit"])) for cell in inputs["cells"])
     charge = _charge("matrix", inputs, by=by, cells=cells)
     usage = {
-        Counter(charge.id, tuple(part["values"])): [Member(0, "all", _quantity(part["quantity"]))]
+        Counter(charge.id, tuple(part["values"])): [Member(0, "all", quantity_of(part["quantity"]))]
         for part in inputs["usage"]
     }
     closings = close_segment([(charge, _USAGE)], [], usage, _SPAN)
     return {
-        "cell_amounts": [_money(closings[counter].amount) for counter in usage],
-        "minimum_line": _money(sum(_part(closing, "minimum") for closing in closings.values())),
-        "total": _money(sum(closing.amount for closing in closings.values())),
+        "cell_amounts": [money_of(closings[counter].amount) for counter in usage],
+        "minimum_line": money_of(sum(_part(closing, "minimum") for closing in closings.values())),
+        "total": money_of(sum(closing.amount for closing in closings.values())),
     }
 
 
@@ -341,36 +321,36 @@ def _flat_fee(inputs: Inputs) -> Results:
         "fee",
         None,
         "flat",
-        _decimal(inputs["unit"]),
-        quantity=_quantity(inputs.get("quantity", 1)),
+        decimal_of(inputs["unit"]),
+        quantity=quantity_of(inputs.get("quantity", 1)),
         in_advance=inputs.get("in_advance", False),
         prorate=inputs.get("prorate", True),
     )
     check_charge(charge)
-    return {"total": _money(closing_price(charge, None, [], span).amount)}
+    return {"total": money_of(closing_price(charge, None, [], span).amount)}
 
 
 def _included_pool(inputs: Inputs) -> Results:
     """Units that several charges share, in the order they are listed."""
     charges = [(replace(_charge("per_unit", line), id=line["id"]), _USAGE) for line in inputs["charges"]]
-    pool = Pool("pool", "unit", _quantity(inputs["included"]), tuple(line["id"] for line in inputs["charges"]))
-    usage = {Counter(line["id"]): [Member(0, "all", _quantity(line["quantity"]))] for line in inputs["charges"]}
+    pool = Pool("pool", "unit", quantity_of(inputs["included"]), tuple(line["id"] for line in inputs["charges"]))
+    usage = {Counter(line["id"]): [Member(0, "all", quantity_of(line["quantity"]))] for line in inputs["charges"]}
     closings = close_segment(charges, [pool], usage, _SPAN)
     free = {
         c.charge: sum(part.quantity for part in found.parts if part.kind == "pool") for c, found in closings.items()
     }
     return {
-        "from_pool": {charge: _units(quantity) for charge, quantity in free.items()},
-        "amounts": {counter.charge: _money(closing.amount) for counter, closing in closings.items()},
-        "total": _money(sum(closing.amount for closing in closings.values())),
+        "from_pool": {charge: units_of(quantity) for charge, quantity in free.items()},
+        "amounts": {counter.charge: money_of(closing.amount) for counter, closing in closings.items()},
+        "total": money_of(sum(closing.amount for closing in closings.values())),
     }
 
 
 def _beyond_last_tier(inputs: Inputs) -> Results:
     """The greatest of some quantities that a charge prices, where what lies beyond its last tier is parked."""
     price = compile_price(_charge("graduated", {"beyond": "park", **inputs}))
-    costs = [price(_quantity(quantity)) for quantity in inputs["quantities"]]
-    return {"totals": ["parked" if cost is None else _money(cost) for cost in costs]}
+    costs = [price(quantity_of(quantity)) for quantity in inputs["quantities"]]
+    return {"totals": ["parked" if cost is None else money_of(cost) for cost in costs]}
 
 
 # -- minimums
@@ -384,46 +364,29 @@ def _true_up(minimum: Amount, amount: Amount, span: Span = _SPAN) -> tuple[Amoun
 
 
 def _minimum(inputs: Inputs) -> Results:
-    true_up, total = _true_up(_amount(inputs["minimum"]), _amount(inputs["usage_amount"]))
-    return {"true_up": _money(true_up), "total": _money(total)}
+    true_up, total = _true_up(amount_of(inputs["minimum"]), amount_of(inputs["usage_amount"]))
+    return {"true_up": money_of(true_up), "total": money_of(total)}
 
 
 def _plan_minimum(inputs: Inputs) -> Results:
     """A minimum over all of a plan's charges is a commitment to spend as much in a period, trued up."""
-    fee = closing_price(Charge("fee", None, "flat", _decimal(inputs["subscription_fee"])), None, [], _SPAN).amount
-    usage = _closed(_charge("per_unit", {"unit": inputs["unit"]}), _quantity(inputs["quantity"])).amount
-    settled = settle(_amount(inputs["minimum"]), fee + usage)
-    return {"fees": _money(settled.spent), "true_up": _money(settled.true_up), "total": _money(settled.total)}
+    fee = closing_price(Charge("fee", None, "flat", decimal_of(inputs["subscription_fee"])), None, [], _SPAN).amount
+    usage = _closed(_charge("per_unit", {"unit": inputs["unit"]}), quantity_of(inputs["quantity"])).amount
+    settled = settle(amount_of(inputs["minimum"]), fee + usage)
+    return {"fees": money_of(settled.spent), "true_up": money_of(settled.true_up), "total": money_of(settled.total)}
 
 
 def _minimum_prorated(inputs: Inputs) -> Results:
-    """A segment of some days of the period: its share of the minimum. Lines, then tax on each, in whole cents."""
+    """A segment of some days of the period: its share of the minimum. Two lines, each with its tax."""
     period = Period(0, inputs["period_days"] * _DAY_US)
     span = Span(period.end_us - inputs["days_used"] * _DAY_US, period.end_us, period)
-    usage = _of_cents(inputs["usage_cents"])
-    exact, _ = _true_up(_of_cents(inputs["minimum_cents"]), usage, span)
-    true_up = _to_cents(exact)
-    taxes = [_to_cents(_percent_of(amount, inputs["tax_pct"])) for amount in (usage, true_up)]
-    return {
-        "true_up_cents": _cents(true_up),
-        "usage_tax_cents": _cents(taxes[0]),
-        "true_up_tax_cents": _cents(taxes[1]),
-        "fees_cents": _cents(usage + true_up),
-        "taxes_cents": _cents(sum(taxes)),
-        "total_cents": _cents(usage + true_up + sum(taxes)),
-    }
-
-
-def _to_cents(amount: Amount, currency: str = "USD") -> Amount:
-    step = minor_step(currency)
-    return round_half_up_div(amount, step) * step
-
-
-def _percent_of(amount: Amount, rate: Any) -> Amount:
-    quantity = _quantity(Decimal(f"{amount}E-12"))
-    found = compile_event_price(Charge("tax", "amount", "percentage", rate=_decimal(rate)))(quantity, {})
-    assert not isinstance(found, Rejection), "a percentage reads no property"
-    return found
+    usage = named_amount(inputs, "usage")
+    true_up, _ = _true_up(named_amount(inputs, "minimum"), usage, span)
+    found = document({"tax_rounding": "line", **inputs}, {"usage": usage, "true_up": true_up})
+    results = {**shown(found), **line_amounts(found)}
+    for line in found.lines:
+        results |= both(f"{line.id}_tax", line.tax, found.currency)
+    return {**results, **both("taxes", found.totals.tax, found.currency)}
 
 
 # -- meters
@@ -449,7 +412,7 @@ def _aggregation(inputs: Inputs) -> Results:
             if isinstance(quantity, int):
                 members.append(Member(number, "", quantity, str(event[name])))
         if len(members) == len(events):
-            results[aggregation] = _units(_aggregated(meter, members))
+            results[aggregation] = units_of(_aggregated(meter, members))
     return results
 
 
@@ -463,7 +426,9 @@ def _metering(inputs: Inputs) -> Results:
     assert isinstance(meter, Meter), "what such an entry holds"
     start, end = (_instant(text) for text in inputs["period"])
     stood = inputs.get("opening")
-    opening = None if stood is None else Opening(_quantity(stood.get("quantity", 0)), frozenset(stood.get("texts", ())))
+    opening = (
+        None if stood is None else Opening(quantity_of(stood.get("quantity", 0)), frozenset(stood.get("texts", ())))
+    )
     measure = compile_measure(meter)
     members: list[Member] = []
     per_event: list[Fraction | str | None] = []
@@ -472,14 +437,14 @@ def _metering(inputs: Inputs) -> Results:
         if isinstance(quantity, int):
             text = event["properties"].get(meter.value, "")
             members.append(Member(_instant(event["at"]), event["id"], quantity, text))
-            per_event.append(_units(quantity))
+            per_event.append(units_of(quantity))
         else:
             per_event.append(None if quantity is None else quantity.reason.value)
     after = carried(meter, members, opening)
     return {
-        "quantity": _units(_aggregated(meter, members, opening, Period(start, end))),
+        "quantity": units_of(_aggregated(meter, members, opening, Period(start, end))),
         "per_event": per_event,
-        "end_value": None if after is None else _units(after.quantity),
+        "end_value": None if after is None else units_of(after.quantity),
     }
 
 
@@ -496,16 +461,16 @@ def _weighted_sum(inputs: Inputs) -> Results:
     """The mean of a level over the period; it goes on into the next."""
     meter = _meter("time_weighted", level="add", time_unit="period", carries_over=True)
     start, end = (_instant(text) for text in inputs["period"])
-    opening = Opening(_quantity(inputs.get("initial", 0)))
-    members = [Member(_instant(at), str(n), _quantity(delta)) for n, (at, delta) in enumerate(inputs["deltas"])]
+    opening = Opening(quantity_of(inputs.get("initial", 0)))
+    members = [Member(_instant(at), str(n), quantity_of(delta)) for n, (at, delta) in enumerate(inputs["deltas"])]
     span = Span(start, end, Period(start, end))
     closing = closing_price(_charge("per_unit", {"unit": inputs.get("unit", 1)}), meter, members, span, opening=opening)
     after = carried(meter, members, opening)
     assert after is not None, "the meter carries over"
     return {
-        "units": _units(closing.quantity),
+        "units": units_of(closing.quantity),
         "amount_cents": _cents(closing.amount),
-        "end_value": _units(after.quantity),
+        "end_value": units_of(after.quantity),
     }
 
 
@@ -515,13 +480,13 @@ def _graduated_levels(inputs: Inputs) -> Results:
     start, end = (_instant(text) for text in inputs["period"])
     span = Span(start, end, Period(start, end))
     charge = _charge("graduated", inputs, per_level=True)
-    deltas = [Member(_instant(at), str(n), _quantity(delta)) for n, (at, delta) in enumerate(inputs["deltas"])]
+    deltas = [Member(_instant(at), str(n), quantity_of(delta)) for n, (at, delta) in enumerate(inputs["deltas"])]
     amounts = [closing_price(charge, meter, deltas[:count], span).amount for count in range(len(deltas) + 1)]
     levels = [_aggregated(replace(_USAGE, aggregation="sum"), deltas[:count]) for count in range(1, len(deltas) + 1)]
     return {
         "zero_usage_cents": _cents(amounts[0]),
         "cumulative_amount_cents": [_cents(amount) for amount in amounts[1:]],
-        "cumulative_units": [_units(level) for level in levels],
+        "cumulative_units": [units_of(level) for level in levels],
         "invoice_cents": _cents(amounts[-1]),
     }
 
@@ -544,12 +509,12 @@ def _max_persistent(inputs: Inputs) -> Results:
             raise ValueError(f"expected a time such as 'month 3 mid', got {when!r}")
         month = int(match[1])
         at_us = (month - 1) * _MONTH.end_us + _WITHIN_MONTH[match[2]]
-        months.setdefault(month, []).append(Member(at_us, str(number), _quantity(quantity)))
+        months.setdefault(month, []).append(Member(at_us, str(number), quantity_of(quantity)))
     opening, found = None, []
     for month in range(1, max(months) + 2):
         span = Period((month - 1) * _MONTH.end_us, month * _MONTH.end_us)
         members = months.get(month, [])
-        found.append(_units(_aggregated(meter, members, opening, span)))
+        found.append(units_of(_aggregated(meter, members, opening, span)))
         opening = carried(meter, members, opening)
     return {"monthly_max": found}
 
@@ -564,13 +529,13 @@ _ROUNDING: Mapping[str, RoundingMode] = {
 
 def _conversion(model: Model, inputs: Inputs) -> Results:
     """Convert, then round, then the usage discount, then price (law 6)."""
-    convert = Conversion(_decimal(inputs.get("multiply_by", 1)), _decimal(inputs.get("divide_by", 1)))
+    convert = Conversion(decimal_of(inputs.get("multiply_by", 1)), decimal_of(inputs.get("divide_by", 1)))
     rounding = Rounding(_ROUNDING[inputs["rounding"]]) if "rounding" in inputs else None
     meter = replace(_USAGE, derived_per="total", convert=convert, rounding=rounding)
-    discount = _quantity(inputs.get("usage_discount", 0))
+    discount = quantity_of(inputs.get("usage_discount", 0))
     charge = _charge(model, inputs, included=discount)
-    closing = closing_price(charge, meter, [Member(0, "all", _quantity(inputs["quantity"]))], _SPAN)
-    return {**_shown(charge, closing), "billed_quantity": _units(max(closing.quantity - discount, 0))}
+    closing = closing_price(charge, meter, [Member(0, "all", quantity_of(inputs["quantity"]))], _SPAN)
+    return {**_shown(charge, closing), "billed_quantity": units_of(max(closing.quantity - discount, 0))}
 
 
 # -- usage after it was billed
@@ -579,17 +544,17 @@ def _conversion(model: Model, inputs: Inputs) -> Results:
 def _late_usage(model: Model, inputs: Inputs) -> Results:
     """What was billed is taken back and billed anew; where the unit price is the same, the difference is one line."""
     charge = _charge(model, inputs)
-    billed, now = _quantity(inputs["billed_quantity"]), _quantity(inputs["new_cumulative"])
+    billed, now = quantity_of(inputs["billed_quantity"]), quantity_of(inputs["new_cumulative"])
     (before,), (after,) = _closed(charge, billed).parts, _closed(charge, now).parts
     if before.unit_price == after.unit_price:
         lines = [_line(now - billed, after.unit_price, after.amount - before.amount)]
     else:
         lines = [_line(-billed, before.unit_price, -before.amount), _line(now, after.unit_price, after.amount)]
-    return {"lines": lines, "net": _money(after.amount - before.amount)}
+    return {"lines": lines, "net": money_of(after.amount - before.amount)}
 
 
 def _line(quantity: Quantity, unit: Decimal, amount: Amount) -> Results:
-    return {"quantity": _units(quantity), "unit": Fraction(unit), "amount": _money(amount)}
+    return {"quantity": units_of(quantity), "unit": Fraction(unit), "amount": money_of(amount)}
 
 
 # -- the table
@@ -635,28 +600,6 @@ MODELS: Mapping[str, Run] = {
     "late_usage_delta": partial(_late_usage, "per_unit"),
     "late_usage_delta_volume": partial(_late_usage, "volume"),
     **CREDIT_CASES,
-}
-
-_INVOICES = "invoicing is not built yet"
-#: Known models that nothing here can run yet, and why.
-NOT_BUILT: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            "proration_factor",
-            "proration_first_period",
-            "proration_plan_change",
-            "proration_plan_change_days",
-            "proration_seat",
-            "proration_seats",
-            "proration_termination",
-            "proration_upgrade_in_advance",
-        ),
-        f"proration of fees in advance: {_INVOICES}",
-    ),
-    **dict.fromkeys(
-        ("coupon_allocation_tax", "coupon_chain", "coupon_floor", "discount_percent"), f"coupons: {_INVOICES}"
-    ),
-    **dict.fromkeys(("tax", "tax_parallel"), f"tax: {_INVOICES}"),
-    **dict.fromkeys(("invoice_balance", "invoice_order", "threshold_billing"), _INVOICES),
-    "credit_note_unused": f"credit notes: {_INVOICES}",
+    **INVOICE_CASES,
+    **PRORATION_CASES,
 }

@@ -10,20 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.case_models import MODELS, NOT_BUILT
+from pipeline.cli.case_models import MODELS
 from pipeline.cli.context import Json
-from pipeline.cli.output import EXIT_FINDINGS, EXIT_USAGE, emit_json, err, fail, out
+from pipeline.cli.output import EXIT_FINDINGS, EXIT_USAGE, emit_json, fail, out
 from pipeline.core.money import plain, round_half_up_div
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A case, and where its results differ from what it expects; ``skipped`` says why it was not run."""
+    """A case, and where its results differ from what it expects."""
 
     id: str
     model: str
-    differences: tuple[str, ...] = ()
-    skipped: str | None = None
+    differences: tuple[str, ...]
 
 
 def register(app: typer.Typer) -> None:
@@ -41,21 +40,17 @@ def cases(
     found = [case for case in _read(file) if not model or case["model"] in model]
     outcomes = [run(case) for case in found]
     failed = [outcome for outcome in outcomes if outcome.differences]
-    skipped = [outcome for outcome in outcomes if outcome.skipped]
-    passed = len(outcomes) - len(failed) - len(skipped)
+    passed = len(outcomes) - len(failed)
     if as_json:
         emit_json(
             {
                 "passed": passed,
                 "failed": [{"id": one.id, "model": one.model, "differences": one.differences} for one in failed],
-                "skipped": [{"id": one.id, "model": one.model, "reason": one.skipped} for one in skipped],
             }
         )
     else:
         for outcome in failed:
             out.print(*(f"{outcome.id}: {difference}" for difference in outcome.differences), sep="\n", markup=False)
-        for (name, why), count in _counted(skipped).items():
-            err.print(f"skipped {count} of model {name}: {why}", highlight=False, markup=False, soft_wrap=True)
         out.print(f"{passed} passed, {len(failed)} failed", highlight=False)
     if failed:
         raise typer.Exit(EXIT_FINDINGS)
@@ -64,8 +59,6 @@ def cases(
 def run(case: Mapping[str, Any]) -> Outcome:
     """Price one case. A model nobody knows is a difference, as are inputs that cannot be priced."""
     name, model = str(case["id"]), str(case["model"])
-    if model in NOT_BUILT:
-        return Outcome(name, model, skipped=NOT_BUILT[model])
     if model not in MODELS:
         return Outcome(name, model, (f"expected a model of {', '.join(sorted(MODELS))}, got {model}",))
     try:
@@ -86,14 +79,6 @@ def _read(file: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(case, dict) and needed <= case.keys() for case in found):
         fail(f"{file}: expected a list of objects with {', '.join(sorted(needed))}", EXIT_USAGE)
     return found
-
-
-def _counted(skipped: list[Outcome]) -> dict[tuple[str, str], int]:
-    counts: dict[tuple[str, str], int] = {}
-    for outcome in skipped:
-        key = (outcome.model, outcome.skipped or "")
-        counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 def _differences(expected: Any, got: Any, name: str) -> Iterator[str]:

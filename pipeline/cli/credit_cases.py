@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any
 
+from pipeline.cli.case_numbers import Inputs, Results, Run, amount_of, both, quantity_of
+from pipeline.cli.invoice_cases import document
 from pipeline.core.charges import Charge, compile_price
 from pipeline.core.closing import Counter
 from pipeline.core.commitments import Commitment, Settlement, Spend, settle, settle_windows
@@ -17,34 +19,16 @@ from pipeline.core.credits import (
     draw_units,
     minor_step,
     rolled_over,
-    spread,
 )
 from pipeline.core.members import Member
 from pipeline.core.money import (
-    AMOUNT_DECIMALS,
-    QUANTITY_DECIMALS,
     Amount,
-    Quantity,
     amount_decimal,
     quantity_decimal,
-    round_to_minor,
-    scaled,
 )
 from pipeline.core.periods import parse_instant
 
-#: A case's ``inputs``, and what comes out, by the names that ``expected`` uses.
-Inputs: TypeAlias = Mapping[str, Any]
-Outcome: TypeAlias = dict[str, Any]
-
 _HOUR_US = 3_600_000_000
-
-
-def _amount(text: object) -> Amount:
-    return scaled(Decimal(str(text)), AMOUNT_DECIMALS)
-
-
-def _quantity(text: object) -> Quantity:
-    return scaled(Decimal(str(text)), QUANTITY_DECIMALS)
 
 
 def _uses(amounts: Iterable[Amount]) -> list[Owed]:
@@ -55,15 +39,15 @@ def _grant(given: Mapping[str, Any]) -> Grant:
     expires = given.get("expires")
     return Grant(
         str(given["id"]),
-        _amount(given["amount"]),
+        amount_of(given["amount"]),
         end_us=None if expires is None else parse_instant(expires if "T" in expires else f"{expires}T00:00:00Z"),
         kind=given.get("kind", "prepaid"),
         priority=int(given.get("priority", 0)),
     )
 
 
-def _credit_burn(inputs: Inputs) -> Outcome:
-    drawn = draw(map(_grant, inputs["grants"]), _uses([_amount(inputs["usage"])]))
+def _credit_burn(inputs: Inputs) -> Results:
+    drawn = draw(map(_grant, inputs["grants"]), _uses([amount_of(inputs["usage"])]))
     return {
         "balances": {grant: amount_decimal(left) for grant, left in drawn.left.items()},
         "deductions": {part.grant: amount_decimal(part.amount) for part in drawn.draws},
@@ -72,22 +56,22 @@ def _credit_burn(inputs: Inputs) -> Outcome:
 
 
 def _burn_one(amount: object, usage: Iterable[Amount], *, overdraft: Amount = 0) -> Drawn:
-    return draw([Grant("g", _amount(amount))], _uses(usage), overdraft=overdraft)
+    return draw([Grant("g", amount_of(amount))], _uses(usage), overdraft=overdraft)
 
 
-def _credit_rollover(inputs: Inputs) -> Outcome:
-    drawn = _burn_one(inputs["amount"], [_amount(inputs["usage"])])
+def _credit_rollover(inputs: Inputs) -> Results:
+    drawn = _burn_one(inputs["amount"], [amount_of(inputs["usage"])])
     rule = Rollover(
-        maximum=_amount(inputs["reset_max_rollover"]),
-        minimum=_amount(inputs.get("reset_min_rollover", 0)),
+        maximum=amount_of(inputs["reset_max_rollover"]),
+        minimum=amount_of(inputs.get("reset_min_rollover", 0)),
         preserve_overage=bool(inputs.get("preserve_overage", False)),
     )
     balance = rolled_over(drawn.left["g"], rule, overage=sum(drawn.uncovered.values()))
     return {"balance_after_reset": amount_decimal(balance)}
 
 
-def _credits_applied_to_lines(inputs: Inputs) -> Outcome:
-    lines = [_amount(line) for line in inputs["lines"]]
+def _credits_applied_to_lines(inputs: Inputs) -> Results:
+    lines = [amount_of(line) for line in inputs["lines"]]
     drawn = _burn_one(inputs["credits"], lines)
     paid = {part.line: part.amount for part in drawn.draws}
     credits = [paid.get(str(number), 0) for number in range(len(lines))]
@@ -97,8 +81,8 @@ def _credits_applied_to_lines(inputs: Inputs) -> Outcome:
     }
 
 
-def _credit_overdraft(inputs: Inputs) -> Outcome:
-    usage = _amount(inputs["usage"])
+def _credit_overdraft(inputs: Inputs) -> Results:
+    usage = amount_of(inputs["usage"])
     drawn = _burn_one(inputs["balance"], [usage], overdraft=usage)
     return {
         "deducted": amount_decimal(drawn.amount),
@@ -107,46 +91,45 @@ def _credit_overdraft(inputs: Inputs) -> Outcome:
     }
 
 
-def _credit_then_invoice(inputs: Inputs) -> Outcome:
-    drawn = _burn_one(inputs["credit_balance"], [_amount(inputs["charge"])])
+def _credit_then_invoice(inputs: Inputs) -> Results:
+    drawn = _burn_one(inputs["credit_balance"], [amount_of(inputs["charge"])])
     return {
         "credits_consumed": amount_decimal(drawn.amount),
         "invoice_remainder": amount_decimal(sum(drawn.uncovered.values())),
     }
 
 
-def _credit_draw_rounding(inputs: Inputs) -> Outcome:
-    """The document's total, its tax as the case gives it, paid in steps of the currency's smallest unit."""
-    currency = inputs["currency"]
-    charge = Decimal(inputs["charge"])
-    tax = round_to_minor(charge * Decimal(inputs["tax_pct"]) / 100, currency)
-    total = _amount(round_to_minor(charge, currency) + tax)
-    owed = spread(total, _uses([_amount(charge)]), step=minor_step(currency))
-    drawn = draw([Grant("g", _amount(inputs["wallet"]))], owed)
+def _credit_draw_rounding(inputs: Inputs) -> Results:
+    """The document's total, with tax, paid in steps of the currency's smallest unit."""
+    wallet = amount_of(inputs["wallet"])
+    found = document(inputs, {"charge": amount_of(inputs["charge"])}, grants=[Grant("wallet", wallet)])
+    paid = found.totals.credits * minor_step(found.currency)
     return {
-        "credits_applied": amount_decimal(drawn.amount),
-        "invoice_total": amount_decimal(sum(drawn.uncovered.values())),
-        "wallet_balance": amount_decimal(drawn.balance),
+        **both("credits_applied", found.totals.credits, found.currency),
+        **both("invoice_total", found.totals.payable, found.currency),
+        "wallet_balance": amount_decimal(wallet - paid),
     }
 
 
-def _credit_burn_units(inputs: Inputs) -> Outcome:
+def _credit_burn_units(inputs: Inputs) -> Results:
     counter = Counter("usage")
-    quantity = _quantity(inputs["quantity"])
-    grant = Grant("g", _quantity(inputs["credits"]), reduces="units", charges=frozenset({"usage"}))
+    quantity = quantity_of(inputs["quantity"])
+    grant = Grant("g", quantity_of(inputs["credits"]), reduces="units", charges=frozenset({"usage"}))
     _, units = draw_units([grant], {counter: [Member(0, "usage", quantity)]})
     return {"billable": quantity_decimal(quantity - units.get(counter, 0))}
 
 
-def _wallet_conversion(inputs: Inputs) -> Outcome:
-    return {"credits": amount_decimal(credits_for(_amount(inputs["topup_amount"]), Decimal(inputs["conversion_rate"])))}
+def _wallet_conversion(inputs: Inputs) -> Results:
+    return {
+        "credits": amount_decimal(credits_for(amount_of(inputs["topup_amount"]), Decimal(inputs["conversion_rate"])))
+    }
 
 
 def _per_unit(inputs: Inputs) -> Callable[[object], Amount]:
     price = compile_price(Charge("usage", "usage", "per_unit", unit_price=Decimal(inputs["unit"])))
 
     def cost(quantity: object) -> Amount:
-        return price(_quantity(quantity)) or 0
+        return price(quantity_of(quantity)) or 0
 
     return cost
 
@@ -160,7 +143,7 @@ def _settled(inputs: Inputs, committed: Amount, spent: Amount) -> Settlement:
     )
 
 
-def _settlement_outcome(settlement: Settlement) -> Outcome:
+def _settlement_outcome(settlement: Settlement) -> Results:
     return {
         "parts": [amount_decimal(part) for part in settlement.parts],
         "true_up": amount_decimal(settlement.true_up),
@@ -168,17 +151,17 @@ def _settlement_outcome(settlement: Settlement) -> Outcome:
     }
 
 
-def _commitment_overage(inputs: Inputs) -> Outcome:
+def _commitment_overage(inputs: Inputs) -> Results:
     cost = _per_unit(inputs)
     return _settlement_outcome(_settled(inputs, cost(inputs["commit_quantity"]), cost(inputs["quantity"])))
 
 
-def _commitment_amount_window(inputs: Inputs) -> Outcome:
+def _commitment_amount_window(inputs: Inputs) -> Results:
     cost = _per_unit(inputs)
-    return _settlement_outcome(_settled(inputs, _amount(inputs["commit_amount"]), cost(inputs["quantity"])))
+    return _settlement_outcome(_settled(inputs, amount_of(inputs["commit_amount"]), cost(inputs["quantity"])))
 
 
-def _commitment_windowed(inputs: Inputs) -> Outcome:
+def _commitment_windowed(inputs: Inputs) -> Results:
     if inputs["window"] not in ("hour", "day"):
         raise ValueError(f"expected a window of hour or day, got {inputs['window']!r}")
     length_us = _HOUR_US * (24 if inputs["window"] == "day" else 1)
@@ -200,7 +183,7 @@ def _commitment_windowed(inputs: Inputs) -> Outcome:
 
 
 #: The models of credits and commitments. Each raises KeyError or ValueError for inputs it does not understand.
-CREDIT_CASES: Mapping[str, Callable[[Inputs], Outcome]] = {
+CREDIT_CASES: Mapping[str, Run] = {
     "commitment_amount_window": _commitment_amount_window,
     "commitment_overage": _commitment_overage,
     "commitment_windowed": _commitment_windowed,

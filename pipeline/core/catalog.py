@@ -2,24 +2,27 @@
 
 Of accounts and contracts the newest version counts. Of meters, plans and price lists, and of an account's customer
 segment, the version with the greatest ``valid_from`` not after the event counts; of two with the same, the newer.
-Contracts of an account are published without overlap; should two cover the same time, the lower id counts. A price is
+An account may have several contracts at the same time: each has its own segments, and an event is the contract's whose
+plan charges its type; should several do, the one's with the lowest id (they are not published so). A price is
 the plan's, unless a price list says otherwise: that of the customer segment, over it that of the account, over it that
 of the contract's phase.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Self, TypeAlias, TypeVar
 
 from pipeline.core.charges import Charge
+from pipeline.core.closing import Span
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.cycles import Cycle, period_at, periods_ending
 from pipeline.core.documents import Entry, from_document
-from pipeline.core.meters import Meter, totals_alike
+from pipeline.core.meters import Meter, properties_read, totals_alike
 from pipeline.core.money import Micros
-from pipeline.core.periods import Period, days_later, format_instant, month_of
+from pipeline.core.periods import NEVER, Period, days_later, format_instant
 from pipeline.core.plans import Plan, Pool, PriceList, free, overridden
-from pipeline.core.proration import prorated
+from pipeline.core.proration import WHOLE, Portion, portion_of, prorated
 from pipeline.core.reasons import Reason, Rejection, Stage
 
 __all__ = ["EARLY_US", "NOTICE_S", "STALE_S", "Catalog", "Entry", "Segment", "Terms"]
@@ -48,6 +51,13 @@ class Segment:
     #: Those that override, from the weakest (customer segment) to the strongest (the contract's phase).
     price_lists: tuple[PriceList, ...] = ()
     trial: bool = False
+    #: What it is of its period, as the plan prorates.
+    portion: Portion = WHOLE
+
+    @property
+    def span(self) -> Span:
+        """As closing prices take it."""
+        return Span(self.start_us, self.end_us, self.period, self.portion)
 
     @property
     def price_version(self) -> str:
@@ -61,8 +71,8 @@ class Segment:
 
     def shortens(self, charge: Charge) -> bool:
         """Was something of the charge shortened with the segment? A later publication may cut both once more."""
-        prorate = self.plan.prorate
-        if prorate == "none" or (self.start_us, self.end_us) == (self.period.start_us, self.period.end_us):
+        prorate = self.plan.prorate_units
+        if prorate == "none" or self.portion.is_whole:
             return False
         return charge.included > 0 or (prorate == "pool_and_tiers" and bool(charge.tiers))
 
@@ -84,9 +94,6 @@ STALE_S = 30
 #: So an event up to this far ahead of the present has its price: a later publication counts only from after it.
 EARLY_US: Micros = (NOTICE_S - STALE_S) * 1_000_000
 
-#: After every instant.
-_NEVER: Micros = 2**63 - 1
-
 V = TypeVar("V", Account, Meter, Plan, PriceList)
 
 
@@ -105,7 +112,7 @@ class _Timeline(Generic[V]):
     def next_start(self, at_us: Micros) -> Micros:
         """When the first version after a time begins to count."""
         index = bisect_right(self.starts, at_us)
-        return self.starts[index] if index < len(self.starts) else _NEVER
+        return self.starts[index] if index < len(self.starts) else NEVER
 
 
 #: Whom price lists hold for: a plan, and a customer segment or an account of it.
@@ -187,6 +194,18 @@ class Catalog:
                 found.append((charge, meter))
         return found
 
+    def properties_read(self, segments: Iterable[Segment]) -> frozenset[str]:
+        """Every property that may decide what an event costs in these segments, by any version of their meters."""
+        names: set[str] = set()
+        for segment in segments:
+            for charge in segment.charges:
+                names.update(charge.by)
+                names.update(() if charge.amount_property is None else (charge.amount_property,))
+                timeline = self._meters.get(charge.meter or "")
+                for meter in timeline.versions if timeline else ():
+                    names |= properties_read(meter)
+        return frozenset(names)
+
     def terms(self, account: str, event_type: str, at_us: Micros) -> Terms | Rejection:
         """The terms for an event of this account and type at this time, and for how long around it they hold.
 
@@ -197,9 +216,36 @@ class Catalog:
 
         Raises OverflowError for a time outside the years 1 to 9999.
         """
-        segment = self.segment(account, at_us)
-        if isinstance(segment, Rejection):
-            return segment
+        known = self.accounts.get(account)
+        if known is None:
+            return self._unknown(account)
+        contracts = self._contracts_of.get(account, ())
+        plans: list[Plan] = []
+        start, end = -NEVER, NEVER
+        for contract in contracts:
+            if not contract.covers(at_us):
+                # One of a lower id takes over where it begins and gives way where it ends.
+                start, end = _beside(contract, at_us, start, end)
+                continue
+            segment = self._segment(known, contract, at_us)
+            if isinstance(segment, Rejection):
+                return segment
+            priced, since, until = self._priced(segment, event_type, at_us)
+            start, end = max(start, since), min(end, until)
+            if isinstance(priced, Rejection):
+                return priced
+            if priced:
+                return Terms(segment, priced, start, end)
+            plans.append(segment.plan)
+        if not plans:
+            return _no_contract(account, contracts, at_us)
+        names = " or ".join(f"{plan.id!r} version {plan.version}" for plan in plans)
+        return _refused(Reason.NO_CHARGE, f"expected an event type that plan {names} charges, got {event_type!r}")
+
+    def _priced(
+        self, segment: Segment, event_type: str, at_us: Micros
+    ) -> tuple[tuple[tuple[Charge, Meter], ...] | Rejection, Micros, Micros]:
+        """The segment's charges for a type of event at a time within it, from when and until when these are all."""
         priced: list[tuple[Charge, Meter]] = []
         start, end = segment.start_us, segment.end_us
         for charge in segment.charges:
@@ -208,7 +254,7 @@ class Catalog:
             meters = self._meters.get(charge.meter)
             if meters is None:
                 wanted = f"meter {charge.meter!r} of plan {segment.plan.id!r}"
-                return _refused(Reason.NO_PRICE, f"expected {wanted} in the catalog, got none")
+                return _refused(Reason.NO_PRICE, f"expected {wanted} in the catalog, got none"), start, end
             measured = meters.at(at_us)
             if measured is None:  # the charge begins to count with its meter
                 end = min(end, meters.next_start(at_us))
@@ -217,32 +263,69 @@ class Catalog:
             start, end = max(start, meter_start), min(end, meter_end)
             if meter.event_type == event_type:
                 priced.append((charge, meter))
-        if not priced:
-            plan = segment.plan
-            return _refused(
-                Reason.NO_CHARGE,
-                f"expected an event type that plan {plan.id!r} version {plan.version} charges, got {event_type!r}",
-            )
-        return Terms(segment, tuple(priced), start, end)
+        return tuple(priced), start, end
 
     def segments(self, account: str, start_us: Micros, end_us: Micros) -> tuple[Segment, ...]:
-        """The segments of an account that meet ``[start_us, end_us)``, in order of time; none where nothing holds.
+        """The segments of an account that meet ``[start_us, end_us)``, in order of time, then of their contracts' ids.
 
-        Raises OverflowError for a time outside the years 1 to 9999.
+        Those of one contract lie one after another, with gaps where nothing holds. Raises OverflowError for a time
+        outside the years 1 to 9999.
         """
+        known = self.accounts.get(account)
+        if known is None:
+            return ()
         found: list[Segment] = []
-        at_us = start_us
-        while at_us < end_us:
-            segment = self.segment(account, at_us)
-            if isinstance(segment, Rejection):
-                at_us = self._next_start(account, at_us)
-            else:
-                found.append(segment)
-                at_us = segment.end_us
-        return tuple(found)
+        for contract in self._contracts_of.get(account, ()):
+            at_us = max(start_us, contract.start_us)
+            until_us = end_us if contract.end_us is None else min(end_us, contract.end_us)
+            while at_us < until_us:
+                segment = self._segment(known, contract, at_us)
+                if isinstance(segment, Rejection):
+                    at_us = self._next_start(contract, at_us)
+                else:
+                    found.append(segment)
+                    at_us = segment.end_us
+        return tuple(sorted(found, key=lambda segment: (segment.start_us, segment.contract.id)))
 
-    def segment(self, account: str, at_us: Micros) -> Segment | Rejection:
-        """The segment of an account that holds the instant, with the prices in it. Rejections as for ``terms``.
+    def segments_of(self, account: str, period: Period) -> tuple[Segment, ...]:
+        """The segments that one billing period of an account is made of, in order of time.
+
+        Contracts with another cycle may have segments at the same time: those are of other periods. Raises as
+        ``segments``.
+        """
+        found = self.segments(account, period.start_us, period.end_us)
+        return tuple(segment for segment in found if segment.period == period)
+
+    def periods_at(self, account: str, at_us: Micros) -> tuple[Period, ...]:
+        """The billing periods that hold an instant, of the account's contracts that are in force in them; by their end.
+
+        None for an account that is not known. Raises OverflowError for a time outside the years 1 to 9999.
+        """
+        return self._periods(account, lambda cycle, zone: (period_at(cycle, at_us, zone),))
+
+    def periods_ending(self, account: str, month: Period) -> tuple[Period, ...]:
+        """The billing periods whose last instant lies in a month, of contracts that are in force in them; by their end.
+
+        ``month``: of the account's time zone (``month_of``). Raises as ``periods_at``.
+        """
+        return self._periods(account, lambda cycle, zone: periods_ending(cycle, month, zone))
+
+    def _periods(self, account: str, of: Callable[[Cycle, str], tuple[Period, ...]]) -> tuple[Period, ...]:
+        known = self.accounts.get(account)
+        if known is None:
+            return ()
+        found = {
+            period
+            for contract in self._contracts_of.get(account, ())
+            for period in of(contract.cycle, known.time_zone)
+            if contract.meets(period.start_us, period.end_us)
+        }
+        return tuple(sorted(found, key=lambda period: (period.end_us, period.start_us)))
+
+    def segment(self, account: str, at_us: Micros, contract: str | None = None) -> Segment | Rejection:
+        """The segment of a contract of an account that holds the instant, with the prices in it.
+
+        No contract named: the one of those that cover the instant with the lowest id. Rejections as for ``terms``.
 
         Raises OverflowError for a time outside the years 1 to 9999.
         """
@@ -250,10 +333,13 @@ class Catalog:
         if known is None:
             return self._unknown(account)
         contracts = self._contracts_of.get(account, ())
-        in_force = _in_force(contracts, at_us)
-        if in_force is None:
-            return _no_contract(account, contracts, at_us)
-        contract, *span = in_force
+        for one in contracts:
+            if contract in (None, one.id) and one.covers(at_us):
+                return self._segment(known, one, at_us)
+        return _no_contract(account, contracts, at_us)
+
+    def _segment(self, known: Account, contract: Contract, at_us: Micros) -> Segment | Rejection:
+        """The segment of a contract at a time it covers."""
         phase, *phase_span = _phase_at(contract, at_us)
         timeline = self._plans.get(phase.plan)
         counting = timeline.at(at_us) if timeline else None
@@ -267,11 +353,26 @@ class Catalog:
         if isinstance(listed, Rejection):
             return listed
         price_lists, *lists_span = listed
-        period = month_of(at_us, known.time_zone)
+        period = period_at(contract.cycle, at_us, known.time_zone)
         metered = [meter for charge in plan.charges if (meter := self._meters.get(charge.meter or "")) is not None]
-        spans = [span, phase_span, plan_span, trial_span, lists_span, (period.start_us, period.end_us)]
+        contract_end_us = NEVER if contract.end_us is None else contract.end_us
+        spans = [
+            (contract.start_us, contract_end_us),
+            phase_span,
+            plan_span,
+            trial_span,
+            lists_span,
+            (period.start_us, period.end_us),
+        ]
         spans += [_counted_alike(meter, at_us) for meter in metered]
         start_us, end_us = max(start for start, _ in spans), min(end for _, end in spans)
+        portion = WHOLE  # nearly every segment is a period
+        if (start_us, end_us) != (period.start_us, period.end_us):
+            enters = start_us <= max(period.start_us, _paid_from(contract, phase, timeline), trial_span[0])
+            leaves = end_us == contract.end_us and not self._taken_over(contract, end_us)
+            portion = portion_of(
+                plan.prorate_by, period, start_us, end_us, known.time_zone, enters=enters, leaves=leaves
+            )
         charges, pools = plan.charges, plan.pools
         if trial:
             charges, pools = tuple(map(free, charges)), ()
@@ -280,14 +381,14 @@ class Catalog:
                 charges, pools = overridden(plan, price_lists)
             except ValueError as error:
                 return _refused(Reason.NO_PRICE, f"expected price lists that fit plan {plan.id!r}: {error}")
-            charges, pools = prorated(charges, pools, plan.prorate, period, start_us, end_us)
-        return Segment(account, contract, plan, period, start_us, end_us, charges, pools, price_lists, trial)
+            charges, pools = prorated(charges, pools, plan.prorate_units, portion)
+        return Segment(known.id, contract, plan, period, start_us, end_us, charges, pools, price_lists, trial, portion)
 
     def _lists(
         self, account: Account, phase: Phase, at_us: Micros
     ) -> tuple[tuple[PriceList, ...], Micros, Micros] | Rejection:
         """The price lists that hold for a phase of an account, the weakest first; from when and until when they do."""
-        start, end = -_NEVER, _NEVER
+        start, end = -NEVER, NEVER
         ids: list[str] = []
         dated = self._accounts[account.id].at(at_us)
         if dated is None:
@@ -315,13 +416,17 @@ class Catalog:
                 holding.append(price_list)
         return tuple(holding), start, end
 
-    def _next_start(self, account: str, at_us: Micros) -> Micros:
-        """When next, after a time without terms, something begins that there could be terms with."""
-        phases = [phase for contract in self._contracts_of.get(account, ()) for phase in contract.phases]
+    def _taken_over(self, contract: Contract, end_us: Micros) -> bool:
+        """Whether another contract of the account begins where one ends."""
+        return any(one.start_us == end_us for one in self._contracts_of[contract.account])
+
+    def _next_start(self, contract: Contract, at_us: Micros) -> Micros:
+        """When next, after a time a contract has no terms at, something begins that there could be terms with."""
+        phases = contract.phases
         starts = [phase.start_us for phase in phases if phase.start_us > at_us]
         starts += [self._plans[phase.plan].next_start(at_us) for phase in phases if phase.plan in self._plans]
         starts += [timeline.next_start(at_us) for timeline in self._price_lists.values()]
-        return min(starts, default=_NEVER)
+        return min(starts, default=NEVER)
 
     def _unknown(self, account: str) -> Rejection:
         owner = self.aliases.get(account)
@@ -371,23 +476,15 @@ def _counted_alike(meter: _Timeline[Meter], at_us: Micros) -> tuple[Micros, Micr
         first -= 1
     while last + 1 < len(versions) and totals_alike(versions[last + 1], versions[at]):
         last += 1
-    start = -_NEVER if first == 0 else meter.starts[first]
+    start = -NEVER if first == 0 else meter.starts[first]
     return start, meter.next_start(meter.starts[last])
 
 
-def _in_force(contracts: tuple[Contract, ...], at_us: Micros) -> tuple[Contract, Micros, Micros] | None:
-    """The contract that counts at a time, from when and until when. ``contracts`` are in order of their ids."""
-    start, end = -_NEVER, _NEVER
-    for contract in contracts:
-        contract_end = _NEVER if contract.end_us is None else contract.end_us
-        if contract.covers(at_us):
-            return contract, max(start, contract.start_us), min(end, contract_end)
-        # A contract of lower id takes over where it begins and gives way where it ends.
-        if contract.start_us > at_us:
-            end = min(end, contract.start_us)
-        else:
-            start = max(start, contract_end)
-    return None
+def _beside(contract: Contract, at_us: Micros, start_us: Micros, end_us: Micros) -> tuple[Micros, Micros]:
+    """The part around a time of ``[start_us, end_us)`` that a contract, which does not cover the time, leaves free."""
+    if contract.start_us > at_us:
+        return start_us, min(end_us, contract.start_us)
+    return max(start_us, start_us if contract.end_us is None else contract.end_us), end_us
 
 
 def _phase_at(contract: Contract, at_us: Micros) -> tuple[Phase, Micros, Micros]:
@@ -395,7 +492,17 @@ def _phase_at(contract: Contract, at_us: Micros) -> tuple[Phase, Micros, Micros]
     phases = contract.phases
     starts = [phase.start_us for phase in phases]
     index = bisect_right(starts, at_us) - 1
-    return phases[index], starts[index], starts[index + 1] if index + 1 < len(phases) else _NEVER
+    return phases[index], starts[index], starts[index + 1] if index + 1 < len(phases) else NEVER
+
+
+def _paid_from(contract: Contract, phase: Phase, plan: _Timeline[Plan]) -> Micros:
+    """When the stretch of phases on one plan, that a phase of the contract is in, has begun to cost something."""
+    begins = phase.start_us
+    for before in reversed([one for one in contract.phases if one.start_us < phase.start_us]):
+        if before.plan != phase.plan:
+            break
+        begins = before.start_us
+    return max(begins, plan.starts[0])
 
 
 def _trial(
@@ -407,9 +514,9 @@ def _trial(
         first = plan.at(phase.start_us) if phase.start_us == contract.start_us else None
         days = first[0].trial_days if first else 0
     if not days:
-        return False, -_NEVER, _NEVER
+        return False, -NEVER, NEVER
     end_us = days_later(phase.start_us, days, time_zone)
-    return (True, -_NEVER, end_us) if at_us < end_us else (False, end_us, _NEVER)
+    return (True, -NEVER, end_us) if at_us < end_us else (False, end_us, NEVER)
 
 
 def _no_contract(account: str, contracts: tuple[Contract, ...], at_us: Micros) -> Rejection:

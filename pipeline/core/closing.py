@@ -29,7 +29,7 @@ from pipeline.core.meters import Meter
 from pipeline.core.money import Amount, Micros, Quantity
 from pipeline.core.periods import Period
 from pipeline.core.plans import Pool
-from pipeline.core.proration import share_of
+from pipeline.core.proration import Portion, share_of
 
 __all__ = ["Closing", "Counter", "Member", "Span", "close_pools", "close_segment", "closing_price"]
 
@@ -48,6 +48,8 @@ class Span(NamedTuple):
     start_us: Micros
     end_us: Micros
     period: Period
+    #: What it is of the period where fees and minimums are prorated; None: by the time that passes.
+    portion: Portion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,11 @@ def _flat(charge: Charge, span: Span) -> Closing:
 
 def _share(charge: Charge, amount: Amount, span: Span) -> Amount:
     """The segment's share of an amount per period, cut so that the segments of a period add up to it."""
-    return share_of(amount, span.period, span.start_us, span.end_us) if charge.prorate else amount
+    if not charge.prorate:
+        return amount
+    if span.portion is not None:
+        return span.portion.of(amount)
+    return share_of(amount, span.period, span.start_us, span.end_us)
 
 
 def _limited(charge: Charge, closings: Mapping[Counter, Closing], span: Span) -> dict[Counter, Closing]:

@@ -1,13 +1,16 @@
 """Who is billed, and by which contract."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from pipeline.core.cycles import MONTHLY, Cycle
 from pipeline.core.money import Micros
+from pipeline.core.periods import NEVER
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A customer. Billing periods are calendar months of its IANA time zone.
+    """A customer. Billing periods are those of its contracts' cycles, in its IANA time zone.
 
     Its newest version counts for all times, but for ``customer_segment``: that counts from the version's valid_from.
     Usage carries the account's id; ``aliases`` are its names in other systems, for people and for what sends usage.
@@ -56,6 +59,8 @@ class Contract:
     legal_entity: str = ""
     #: The phases after the first, by ascending start, all within the contract.
     later_phases: tuple[Phase, ...] = ()
+    #: Its billing periods (``cycles.period_at`` with the account's time zone); fixed once the contract has begun.
+    cycle: Cycle = MONTHLY
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -63,7 +68,26 @@ class Contract:
         return (Phase(self.start_us, self.plan, self.price_list, self.trial_days), *self.later_phases)
 
     def covers(self, at_us: Micros) -> bool:
-        return self.start_us <= at_us and (self.end_us is None or at_us < self.end_us)
+        return self.meets(at_us, at_us + 1)
+
+    def meets(self, start_us: Micros, end_us: Micros) -> bool:
+        """Whether it covers an instant of ``[start_us, end_us)``."""
+        return self.start_us < end_us and (self.end_us is None or start_us < self.end_us)
+
+
+class PhaseSpan(NamedTuple):
+    """The plan of a phase, and from when until when; the end is after every instant where the contract has none."""
+
+    plan: str
+    start_us: Micros
+    end_us: Micros
+
+
+def phase_spans(contract: Contract) -> tuple[PhaseSpan, ...]:
+    """The contract's phases with their ends, in order."""
+    phases = contract.phases
+    ends = [*(phase.start_us for phase in phases[1:]), NEVER if contract.end_us is None else contract.end_us]
+    return tuple(PhaseSpan(phase.plan, phase.start_us, end) for phase, end in zip(phases, ends, strict=True))
 
 
 def overlap(a: Contract, b: Contract) -> bool:

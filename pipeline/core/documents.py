@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 
 from pipeline.core.charges import Beyond, Bound, Cell, Charge, Model, Tier, check_charge
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.cycles import Cycle, Every, check_cycle
 from pipeline.core.meters import (
     Aggregation,
     Conversion,
@@ -26,7 +27,7 @@ from pipeline.core.meters import (
 )
 from pipeline.core.money import QUANTITY_DECIMALS, Micros, minor_units, plain, quantity_decimal, scaled
 from pipeline.core.periods import format_instant, parse_instant
-from pipeline.core.plans import Override, Plan, Pool, PoolOverride, PriceList, Prorate
+from pipeline.core.plans import Override, Plan, Pool, PoolOverride, PriceList, Prorate, ProrateBy
 
 Kind: TypeAlias = Literal["account", "contract", "meter", "plan", "price_list"]
 Document: TypeAlias = Mapping[str, Any]
@@ -83,6 +84,8 @@ def _check(item: Item) -> None:
     match item:
         case Account():
             ZoneInfo(item.time_zone)
+        case Contract():
+            check_cycle(item.cycle)
         case Meter():
             compile_measure(item)
         case Plan():
@@ -243,6 +246,11 @@ _TABLES: dict[type[Any], dict[str, _Field]] = {
         "price_list": _optional(_text("price_list")),
         "trial_days": _count("trial_days"),
     },
+    Cycle: {
+        "every": _word("every", Every).required(),
+        "day": _count("day").required(),
+        "month": _count("month").required(),
+    },
     Contract: {
         "account": _text("account").required(),
         "plan": _text("plan").required(),
@@ -252,6 +260,7 @@ _TABLES: dict[type[Any], dict[str, _Field]] = {
         "trial_days": _count("trial_days"),
         "legal_entity": _text("legal_entity"),
         "later_phases": _items("later_phases", Phase),
+        "cycle": _item("cycle", Cycle),
     },
     Filter: {
         "property": _text("property").required(),
@@ -324,6 +333,8 @@ _TABLES: dict[type[Any], dict[str, _Field]] = {
         "quantity": _quantity("quantity"),
         "per_level": _flag("per_level"),
         "prorate": _flag("prorate"),
+        "name": _text("name"),
+        "tax_category": _text("tax_category"),
     },
     Pool: {
         "id": _text("id").required(),
@@ -338,6 +349,7 @@ _TABLES: dict[type[Any], dict[str, _Field]] = {
         "pools": _items("pools", Pool),
         "prorate": _word("prorate", Prorate),
         "trial_days": _count("trial_days"),
+        "prorate_by": _word("prorate_by", ProrateBy),
     },
     PoolOverride: {
         "pool": _text("pool").required(),

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 
+from pipeline.core.catalog import Segment
 from pipeline.core.charges import Charge, Share, ShareKind, Tier
 from pipeline.core.money import amount_decimal, plain, quantity_decimal
 from pipeline.core.periods import Period
@@ -70,6 +71,19 @@ def explain_parts(shares: Iterable[Share], wording: Wording) -> list[Part]:
 def explain_usage(quantity: Decimal, unit: str, events: int) -> str:
     """``1,200 calls in 3 events``."""
     return f"{_quantity(quantity, unit)} in {_count(events, 'event')}"
+
+
+def explain_share(segment: Segment) -> str:
+    """How much of its period a segment holds, as its plan prorates; empty: all, or nothing is prorated."""
+    portion = segment.portion
+    match segment.plan.prorate_by:
+        case "day" if not portion.is_whole:
+            return f"{portion.end - portion.start} of {portion.whole} days"
+        case "period" if not portion.is_whole:
+            return "no part: its first segment had all of it"
+        case "second":
+            return explain_span(segment.start_us, segment.end_us, segment.period)
+    return ""
 
 
 def explain_span(start_us: int, end_us: int, period: Period) -> str:

@@ -22,6 +22,8 @@ PRICE_DECIMALS = 18
 Quantity: TypeAlias = int
 #: An amount of money in units of 1e-12 of its currency.
 Amount: TypeAlias = int
+#: An amount of money that was rounded, in its currency's smallest unit (``minor_units``): cents.
+Minor: TypeAlias = int
 #: An instant, in microseconds since 1970 UTC.
 Micros: TypeAlias = int
 

@@ -15,6 +15,9 @@ from pipeline.core.money import Micros, Quantity
 #: What a segment shorter than its period shortens, in proportion to time: included units (of charges and pools), these
 #: and the bounds of tiers, or nothing, so that each segment has them whole.
 Prorate: TypeAlias = Literal["pool", "pool_and_tiers", "none"]
+#: What a segment's share of its period is counted in (``pipeline.core.proration``): the time that passes, calendar
+#: days, or nothing smaller than the period.
+ProrateBy: TypeAlias = Literal["second", "day", "period"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,12 @@ class Plan:
     prorate: Prorate = "pool"
     #: Calendar days, in the billing time zone, at the start of a contract on this plan in which everything is free.
     trial_days: int = 0
+    prorate_by: ProrateBy = "second"
+
+    @property
+    def prorate_units(self) -> Prorate:
+        """What a shorter segment's share of included units and tiers is taken of: nothing, by whole periods."""
+        return "none" if self.prorate_by == "period" else self.prorate
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,5 +155,12 @@ def changed(charge: Charge, override: Override) -> Charge:
 def _without_price(charge: Charge, model: Model) -> Charge:
     """The charge with what it counts and shows, and nothing of what it costs."""
     return Charge(
-        charge.id, charge.meter, model, references=charge.references, by=charge.by, per_subject=charge.per_subject
+        charge.id,
+        charge.meter,
+        model,
+        references=charge.references,
+        by=charge.by,
+        per_subject=charge.per_subject,
+        name=charge.name,
+        tax_category=charge.tax_category,
     )

@@ -7,17 +7,18 @@ the versions valid at each event's time, what does every line hold? What is book
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from pipeline.core.aggregation import Opening, carried, is_additive
 from pipeline.core.catalog import Catalog, Segment
 from pipeline.core.cells import cell_text
 from pipeline.core.charges import Charge, ChargeClass, charge_class, compile_amount
-from pipeline.core.closing import Closing, Counter, Span, close_segment
+from pipeline.core.closing import Closing, Counter, close_segment
 from pipeline.core.members import Member
 from pipeline.core.meters import Cell, Measure, Meter, Properties, compile_cell, compile_measure
 from pipeline.core.money import Amount, Micros, Quantity
-from pipeline.core.periods import Period
+from pipeline.core.periods import Period, format_instant
 from pipeline.core.reasons import Reason, Rejection, Stage
 
 
@@ -77,14 +78,15 @@ def close_period(
 ) -> ClosedPeriod:
     """Price an account's whole period anew. ``uses`` are its events in the period, in any order.
 
-    ``earlier`` are its events before the period, of the types that ``carried_event_types`` names. An event is in all
-    its counters or, where one of its meters cannot measure it, in none (law 2): then it is ``refused``.
+    ``earlier`` are its events before ``first_moment``, of the types that ``carried_event_types`` names. An event is in
+    all its counters or, where one of its meters cannot measure it, in none (law 2): then it is ``refused``, as is one
+    whose contract by now has other billing periods.
 
     Raises ValueError for a charge that cannot be priced, also where usage lies beyond a last tier that parks.
     """
-    by_segment: defaultdict[Micros, _Counters] = defaultdict(lambda: defaultdict(_Gathered))
+    by_segment: defaultdict[_Place, _Counters] = defaultdict(lambda: defaultdict(_Gathered))
     refused: list[tuple[Use, Rejection]] = []
-    finder = _Finder(catalog, account)
+    finder = _Finder(catalog, account, period)
     for use in uses:
         found = finder.find(use)
         if isinstance(found, Rejection):
@@ -94,22 +96,27 @@ def close_period(
         if isinstance(members, Rejection):
             refused.append((use, members))
             continue
-        counters = by_segment[found.segment_start_us]
+        counters = by_segment[found.place]
         for way, member in members:
             counters[_counter(use, way)].collect(member, way)
-    segments = catalog.segments(account, period.start_us, period.end_us)
+    segments = catalog.segments_of(account, period)
     levels = _Levels(catalog, earlier)
     lines: list[ClosedLine] = []
     for segment in segments:
-        lines += _close_segment(catalog, segment, by_segment[segment.start_us], levels)
+        lines += _close_segment(catalog, segment, by_segment[_place(segment)], levels)
     return ClosedPeriod(account, period, segments, tuple(lines), tuple(refused))
 
 
 def carried_event_types(catalog: Catalog, account: str, period: Period) -> frozenset[str]:
     """Event types whose earlier events matter in the period, since a charge's meter carries over."""
-    segments = catalog.segments(account, period.start_us, period.end_us)
+    segments = catalog.segments_of(account, period)
     meters = (meter for segment in segments for _, meter in catalog.metered(segment) if meter is not None)
     return frozenset(meter.event_type for meter in meters if meter.carries_over)
+
+
+def first_moment(catalog: Catalog, account: str, period: Period) -> Micros:
+    """When the period's first segment starts; in the midst of a period that a contract begins in. Else the period's."""
+    return min((segment.start_us for segment in catalog.segments_of(account, period)), default=period.start_us)
 
 
 def class_in(segment: Segment, charge: Charge, meter: Meter | None) -> ChargeClass:
@@ -131,6 +138,18 @@ class _Way(NamedTuple):
     amount: Callable[[Properties], Amount | Rejection] | None
     #: Whether the price takes the sum of the events' quantities and nothing else of them.
     summed: bool
+    #: The property whose texts are counted, of a unique count.
+    text: bytes | None
+    #: The charge's only counter, where it has one.
+    counter: Counter | None
+
+
+#: Names a segment of an account: its contract and its start.
+_Place: TypeAlias = tuple[str, Micros]
+
+
+def _place(segment: Segment) -> _Place:
+    return segment.contract.id, segment.start_us
 
 
 class _Found(NamedTuple):
@@ -138,15 +157,15 @@ class _Found(NamedTuple):
 
     start_us: Micros
     end_us: Micros
-    segment_start_us: Micros
+    place: _Place
     ways: tuple[_Way, ...]
 
 
 class _Finder:
     """Where events count, looked up once for each span of time in which that does not change."""
 
-    def __init__(self, catalog: Catalog, account: str) -> None:
-        self._catalog, self._account = catalog, account
+    def __init__(self, catalog: Catalog, account: str, period: Period) -> None:
+        self._catalog, self._account, self._period = catalog, account, period
         self._spans: defaultdict[str, list[_Found]] = defaultdict(list)
 
     def find(self, use: Use) -> _Found | Rejection:
@@ -157,14 +176,25 @@ class _Finder:
         terms = self._catalog.terms(self._account, use.event_type, use.at_us)
         if isinstance(terms, Rejection):
             return terms
+        if terms.segment.period != self._period:
+            return _elsewhere(terms.segment)
         # The meters that count within a segment all make one quantity of its events in the same way.
         closing = {charge.id: meter for charge, meter in self._catalog.metered(terms.segment)}
         ways = tuple(
             _way(charge, meter, summed=class_in(terms.segment, charge, closing[charge.id]) == "running")
             for charge, meter in terms.priced
         )
-        spans.append(_Found(terms.start_us, terms.end_us, terms.segment.start_us, ways))
+        spans.append(_Found(terms.start_us, terms.end_us, _place(terms.segment), ways))
         return spans[-1]
+
+
+def _elsewhere(segment: Segment) -> Rejection:
+    start, end = format_instant(segment.period.start_us), format_instant(segment.period.end_us)
+    return Rejection(
+        Stage.RATE,
+        Reason.NO_PRICE,
+        f"expected a contract with the period it was billed in, got {segment.contract.id!r} with {start} to {end}",
+    )
 
 
 @dataclass(slots=True)
@@ -192,9 +222,13 @@ class _Gathered:
 _Counters: TypeAlias = defaultdict[Counter, _Gathered]
 
 
+@lru_cache(maxsize=10_000)
 def _way(charge: Charge, meter: Meter, *, summed: bool = False) -> _Way:
+    """Compiled once for all accounts of a plan: of few events, compiling an expression takes longer than pricing."""
     amount = compile_amount(charge) if charge.model == "dynamic" else None
-    return _Way(charge, meter, compile_measure(meter), compile_cell(charge.by), amount, summed)
+    text = meter.value.encode() if meter.aggregation == "unique" and meter.value else None
+    counter = None if charge.split else Counter(charge.id, (), "")
+    return _Way(charge, meter, compile_measure(meter), compile_cell(charge.by), amount, summed, text, counter)
 
 
 def _members(use: Use, ways: Iterable[_Way]) -> list[tuple[_Way, Member]] | Rejection:
@@ -222,11 +256,13 @@ def _member(use: Use, way: _Way) -> Member | Rejection | None:
     amount = way.amount(use.properties) if way.amount else 0
     if isinstance(amount, Rejection):
         return amount
-    text = use.properties.get(way.meter.value.encode(), b"").decode() if way.meter.value else ""
+    text = "" if way.text is None else use.properties.get(way.text, b"").decode()
     return Member(use.at_us, use.key, quantity, text, use.subject, amount)
 
 
 def _counter(use: Use, way: _Way) -> Counter:
+    if way.counter is not None:
+        return way.counter
     cell = tuple(value.decode() for value in way.cell(use.properties))
     return Counter(way.charge.id, cell, use.subject if way.charge.per_subject else "")
 
@@ -235,21 +271,36 @@ def _counter(use: Use, way: _Way) -> Counter:
 
 
 def _close_segment(catalog: Catalog, segment: Segment, counters: _Counters, levels: "_Levels") -> list[ClosedLine]:
-    """The segment's lines, in the plan's order of charges, then by cell."""
     charges = catalog.metered(segment)
     openings = levels.before(charges)
     usage = {counter: gathered.as_members(segment.start_us) for counter, gathered in counters.items()}
-    span = Span(segment.start_us, segment.end_us, segment.period)
-    closings = close_segment(charges, segment.pools, usage, span, openings=openings)
+    closings = close_segment(charges, segment.pools, usage, segment.span, openings=openings)
     levels.advance(charges, usage, openings)
-    lines = []
-    for charge, meter in charges:
-        by_cell: defaultdict[str, dict[Counter, Closing]] = defaultdict(dict)
-        for counter, closing in closings.items():
-            if counter.charge == charge.id:
-                by_cell[cell_text(counter.cell)][counter] = closing
-        lines += [_line(segment, charge, meter, cell, by_cell[cell], counters) for cell in sorted(by_cell)]
-    return lines
+    events = {counter: gathered.events for counter, gathered in counters.items()}
+    measured = {counter: gathered.measured for counter, gathered in counters.items()}
+    return lines_of(segment, charges, closings, events, measured)
+
+
+def lines_of(
+    segment: Segment,
+    charges: Iterable[tuple[Charge, Meter | None]],
+    closings: Mapping[Counter, Closing],
+    events: Mapping[Counter, int],
+    measured: Mapping[Counter, Mapping[int, Quantity]],
+) -> list[ClosedLine]:
+    """A segment's counters as its lines, in the plan's order of charges, then by cell.
+
+    ``events``: how many each counter has; ``measured``: what they measured, by meter version.
+    """
+    by_charge: defaultdict[str, defaultdict[str, dict[Counter, Closing]]] = defaultdict(lambda: defaultdict(dict))
+    for counter, closing in closings.items():
+        by_charge[counter.charge][cell_text(counter.cell)][counter] = closing
+    return [
+        _line(segment, charge, meter, cell, by_cell[cell], events, measured)
+        for charge, meter in charges
+        if (by_cell := by_charge.get(charge.id))
+        for cell in sorted(by_cell)
+    ]
 
 
 def _line(
@@ -258,13 +309,14 @@ def _line(
     meter: Meter | None,
     cell: str,
     closings: Mapping[Counter, Closing],
-    counters: _Counters,
+    events: Mapping[Counter, int],
+    measured: Mapping[Counter, Mapping[int, Quantity]],
 ) -> ClosedLine:
-    gathered = [counters[counter] for counter in closings if counter in counters]
-    quantities: dict[int, Quantity] = {} if any(one.events for one in gathered) else {meter.version if meter else 0: 0}
+    count = sum(events.get(counter, 0) for counter in closings)
+    quantities: dict[int, Quantity] = {} if count else {meter.version if meter else 0: 0}
     if meter is not None and is_additive(meter):
-        for one in gathered:
-            for version, quantity in one.measured.items():
+        for counter in closings:
+            for version, quantity in measured.get(counter, {}).items():
                 quantities[version] = quantities.get(version, 0) + quantity
     else:
         quantities[meter.version if meter else 0] = sum(closing.quantity for closing in closings.values())
@@ -274,7 +326,7 @@ def _line(
         meter,
         cell,
         class_in(segment, charge, meter),
-        sum(one.events for one in gathered),
+        count,
         quantities,
         dict(sorted(closings.items(), key=lambda item: item[0])),
     )

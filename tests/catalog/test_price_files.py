@@ -22,9 +22,10 @@ from pipeline.catalog.models import (
 )
 from pipeline.core.charges import Cell, Charge, Tier
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.cycles import Cycle
 from pipeline.core.meters import Conversion, Filter, Meter, Rounding
 from pipeline.core.periods import parse_instant
-from pipeline.core.plans import PRICE_FIELDS, Override, Plan, Pool, PoolOverride, PriceList, changed
+from pipeline.core.plans import PRICE_FIELDS, Override, Plan, Pool, PoolOverride, PriceList, changed, free
 from pipeline.infra.resources import demo_dir
 
 
@@ -335,9 +336,9 @@ price_lists:
 
 
 def test_price_files_know_every_field_of_every_model() -> None:
-    """What a file cannot say, no plan can have; what it can, a price list may change."""
+    """What a file cannot say, no plan can have; what it can, a price list may change, but for what the charge is."""
     for name, model in CHARGE_MODELS.items():
-        said = model.model_fields.keys() - {"id", "meter", "model", "references"}
+        said = model.model_fields.keys() - {"id", "meter", "model", "references", "name", "tax_category"}
         assert said == PRICE_FIELDS[name], name  # type: ignore[index]  # the names of the table are the models'
 
 
@@ -393,7 +394,7 @@ CHARGES = {
     "a key of another model": (
         "meter: tokens, model: per_unit, unit_price: 1, package_size: 5",
         "10: {c}.package_size: unknown key 'package_size': expected id, model, references, minimum, maximum, prorate, "
-        "meter, by, per_subject, included, unit_price or per_level",
+        "name, tax_category, meter, by, per_subject, included, unit_price or per_level",
     ),
     "a key misspelt": (
         "meter: tokens, model: per_unit, unitprice: 1, unit_price: 1",
@@ -908,6 +909,45 @@ def test_an_account_file_with_everything(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "cycle"),
+    [
+        ("month", Cycle()),
+        ("{every: year}", Cycle("year")),
+        ("{every: month, anchor: 2026-01-31}", Cycle("month", 31)),
+        ("{every: quarter, anchor: 2026-12-15}", Cycle("quarter", 15, 3)),
+        ("{every: year, anchor: 2024-02-29}", Cycle("year", 29, 2)),
+        ("{every: year, anchor: start}", Cycle("year", 31, 5)),
+    ],
+)
+def test_a_contract_s_cycle(tmp_path: Path, said: str, cycle: Cycle) -> None:
+    """A start is its day in the account's time zone: 31 May in Auckland, still 30 May in UTC."""
+    zone = "{id: a, name: A, time_zone: Pacific/Auckland"
+    drafts = accounts(tmp_path, f"accounts: [{zone}, contracts: [{{plan: p, start: 2026-05-31, cycle: {said}}}]}}]")
+    assert findings(drafts) == []
+    assert drafts.contracts[0].item.cycle == cycle
+
+
+def test_what_a_charge_is_called_and_taxed_as(tmp_path: Path) -> None:
+    charge = "{id: calls, meter: tokens, model: per_unit, unit_price: 1, name: API calls, tax_category: reduced}"
+    plan = f"plans: [{{id: p, name: P, currency: USD, prorate_by: day, charges: [{charge}]}}]"
+    drafts = prices(tmp_path, METERS + plan)
+    assert findings(drafts) == []
+    (found,) = drafts.plans
+    assert found.item.prorate_by == "day"
+    assert (found.item.charges[0].title, found.item.charges[0].tax_category) == ("API calls", "reduced")
+    assert free(found.item.charges[0]).title == "API calls", "also on trial"
+
+
+def test_a_price_list_changes_no_name_and_no_tax(tmp_path: Path) -> None:
+    plan = "plans: [{id: p, name: P, currency: USD, charges: [{id: c, meter: tokens, model: per_unit, unit_price: 1}]}]"
+    change = "price_lists: [{id: l, name: L, plan: p, currency: USD, charges: [{id: c, name: N, tax_category: T}]}]"
+    assert [line.split(": ")[2] for line in findings(prices(tmp_path, f"{METERS}{plan}\n{change}"))] == [
+        "unknown key 'name'",
+        "unknown key 'tax_category'",
+    ]
+
+
 ACCOUNTS = {
     "a phase before the contract, and one after it": (
         "contracts: [{plan: p, start: 2026-03-01, end: 2026-06-01, "
@@ -960,11 +1000,16 @@ ACCOUNTS = {
         "contracts:\n      - {plan: p, start: 2026-03-01, end: 2026-04-01}\n      - {plan: p, start: 2026-04-01}",
         ["7: accounts[a].contracts[#2].id: expected each id once, got 'a-main' again after"],
     ),
-    "overlapping contracts": (
-        "contracts:\n      - {plan: p, start: 2026-03-01}\n      - {id: b, plan: p, start: 2026-04-01}",
+    "a cycle nobody bills by": (
+        "contracts: [{plan: p, start: 2026-03-01, cycle: fortnight}]",
+        ["5: accounts[a].contracts[#1].cycle.every: expected month, quarter or year, got 'fortnight'"],
+    ),
+    "an anchor that is no day": (
+        "contracts: [{plan: p, start: 2026-03-01, cycle: {every: month, anchor: 2026-02-30, day: 3}}]",
         [
-            "7: accounts[a].contracts[b].id: expected contracts of an account one after another, got 'b' "
-            "(2026-04-01T00:00:00Z to open end) while 'a-main' (2026-03-01T00:00:00Z to open end) runs"
+            "5: accounts[a].contracts[#1].cycle.anchor: expected a date that a period begins on such as 2026-01-31, or "
+            "start, the contract's, got '2026-02-30'",
+            "5: accounts[a].contracts[#1].cycle.day: unknown key 'day'",
         ],
     ),
 }

@@ -213,6 +213,8 @@ def test_accounts_and_contracts(settings: Settings, prices: Read, accounts: Read
 
 
 NEXT = "accounts:\n  - id: acme\n    name: Acme\n    contracts:\n      - {id: two, plan: standard, start: 2026-05-01}\n"
+#: A plan that charges no events at all.
+SUPPORT = "  - {id: support, name: Support, currency: USD, charges: [{id: support, model: flat, unit_price: 300}]}\n"
 CONTRADICTIONS = {
     "a plan that is not published": (
         ACCOUNTS.replace("plan: standard", "plan: standart"),
@@ -232,8 +234,24 @@ CONTRADICTIONS = {
     ),
     "an overlap with a contract that is not in the file": (
         NEXT,
-        "5: accounts[acme].contracts[two].id: expected contracts of an account one after another, got 'two' "
-        "(2026-05-01T00:00:00Z to open end) while 'one' (2026-01-01T00:00:00Z to 2026-06-01T00:00:00Z) runs",
+        "5: accounts[acme].contracts[two].id: expected one contract of an account at a time to charge call, got 'two' "
+        "(2026-05-01T00:00:00Z to open end) while 'one' (2026-01-01T00:00:00Z to 2026-06-01T00:00:00Z) does",
+    ),
+    "an overlap within the file": (
+        ACCOUNTS + "      - {id: two, plan: other, start: 2026-05-31}\n",
+        "6: accounts[acme].contracts[two].id: expected one contract of an account at a time to charge call, got 'two' ",
+    ),
+    "an overlap with a later phase": (
+        ACCOUNTS.replace(
+            "2026-06-01", "2026-09-01, phases: [{start: 2026-05-01, plan: support}, {start: 2026-07-31, plan: other}]"
+        )
+        + "      - {id: two, plan: standard, start: 2026-05-01}\n",
+        "6: accounts[acme].contracts[two].id: expected one contract of an account at a time to charge call, got 'two' ",
+    ),
+    "another cycle once a contract has begun": (
+        ACCOUNTS.replace("end: 2026-06-01", "end: 2026-06-01, cycle: {every: quarter, anchor: 2026-05-31}"),
+        "5: accounts[acme].contracts[one].plan: expected a cycle of calendar months, since 'one' has begun and other "
+        "periods would overlap billed ones, got quarters from 31 May: end it and add another after it",
     ),
     "a contract of another account": (
         ACCOUNTS.replace("acme", "rival"),
@@ -246,7 +264,7 @@ CONTRADICTIONS = {
 def test_a_contradiction_to_what_is_published(
     settings: Settings, prices: Read, accounts: Read, text: str, expected: str
 ) -> None:
-    other = PRICES + PRICES[PRICES.index("  - id: standard") :].replace("standard", "other")
+    other = PRICES + PRICES[PRICES.index("  - id: standard") :].replace("standard", "other") + SUPPORT
     publish(settings.dsn, prices(other), actor="test")
     publish(settings.dsn, accounts(ACCOUNTS), actor="test")
     with pytest.raises(Refused) as refused:
@@ -257,6 +275,23 @@ def test_a_contradiction_to_what_is_published(
 
 def test_accounts_before_any_plan(settings: Settings, accounts: Read) -> None:
     assert refusal(settings, accounts(ACCOUNTS)).endswith("got 'standard': `tally plans publish` comes first")
+
+
+def test_unknown_names_are_told_with_the_other_mistakes(settings: Settings, accounts: Read) -> None:
+    """A parent that has mistakes itself is no unknown one."""
+    file = accounts(
+        "accounts:\n"
+        "  - {id: acme, name: Acme, parent: group, contracts: [{plan: standart, start: 2026-01-01}]}\n"
+        "  - {id: group, name: Group, time_zone: Mars, parent: nobody}\n"
+        "  - {id: umbrella, name: Umbrella, parent: umbrela}\n"
+    )
+    with pytest.raises(Refused) as refused:
+        publish(settings.dsn, file, actor="test")
+    assert [f"{one.line}: {one.message.partition(', got')[0]}" for one in refused.value.findings] == [
+        "2: expected a published plan",
+        "3: expected an IANA time zone such as Europe/Berlin",
+        "4: expected an account as parent",
+    ]
 
 
 # Contracts and the past: what is rated keeps its price ----------------------------------------------------------------
@@ -373,6 +408,36 @@ def test_a_move_to_another_contract_in_the_past_is_refused_at_both_ends(
     assert [finding.line for finding in refused.value.findings] == [5, 6]
 
 
+def test_several_subscriptions_at_a_time(settings: Settings, prices: Read, accounts: Read, today: int) -> None:
+    """Also beside usage that is rated, which stays what it is; of whatever cycle."""
+    publish(settings.dsn, prices(PRICES + SUPPORT), actor="test")
+    one = contract("one", today - 60 * DAY_US)
+    publish(settings.dsn, accounts(contracts(one)), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - 5 * DAY_US)
+    support = contract("help", today - 20 * DAY_US).replace("standard", "support")[:-1] + ", cycle: year}"
+    published = publish(settings.dsn, accounts(contracts(one, support)), actor="test")
+    assert outcomes(published)[1:] == [("one", 1, "unchanged"), ("help", 1, "new")]
+
+
+def test_a_plan_does_not_begin_to_charge_what_a_contract_beside_charges(
+    settings: Settings, prices: Read, accounts: Read, today: int
+) -> None:
+    publish(settings.dsn, prices(PRICES + SUPPORT), actor="test")
+    support = contract("help", today - DAY_US).replace("standard", "support")
+    publish(settings.dsn, accounts(contracts(contract("one", today - DAY_US), support)), actor="test")
+    charging = SUPPORT.replace("300}", "300}, {id: calls, meter: tokens, model: per_unit, unit_price: 1}")
+    assert refusal(settings, prices(PRICES + charging)) == (
+        "9: plans[support].id: expected no charge of call in plan 'support', since account 'acme' has 'help' "
+        "and 'one' at a time: both would charge it"
+    )
+    over = contract("help", today - DAY_US, today + 3600 * 1_000_000).replace("standard", "support")
+    publish(settings.dsn, accounts(contracts(contract("one", today - DAY_US), over)), actor="test")
+    assert refusal(settings, prices(PRICES + charging)), "the hour in which both still run"
+    other = charging.replace("meter: tokens", "meter: faxes")
+    faxes = PRICES.replace("plans:", "  - {id: faxes, event_type: fax, aggregation: count, unit: fax}\nplans:")
+    assert outcomes(publish(settings.dsn, prices(faxes + other), actor="test"))[-1] == ("support", 2, "changed")
+
+
 # What is back-dated ---------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +447,26 @@ def test_a_back_dated_contract_corrects_open_periods(settings: Settings, account
     switch = today - 10 * DAY_US
     moved = accounts(contracts(contract("one", today - 60 * DAY_US, switch), contract("two", switch)))
     published = publish(settings.dsn, moved, actor="test", back_dated=True)
+    assert outcomes(published)[1:] == [("one", 2, "changed"), ("two", 1, "new")]
+
+
+def test_back_dating_moves_no_usage_between_periods(settings: Settings, accounts: Read, today: int) -> None:
+    publish(settings.dsn, accounts(contracts(contract("one", today - 60 * DAY_US))), actor="test")
+    rate(settings, "one", today - 50 * DAY_US, today - DAY_US)
+    switch = today - 10 * DAY_US
+    ended, other = contract("one", today - 60 * DAY_US, switch), contract("two", switch)[:-1] + ", cycle: quarter}"
+    refused = refusal(settings, accounts(contracts(ended, other)), back_dated=True)
+    assert refused.startswith(
+        "6: accounts[acme].contracts[two].id: expected a cycle of calendar months, since usage of 'one' from"
+    )
+    assert refused.endswith("is on invoices of its periods, got calendar quarters: begin after it")
+    later = contract("two", today)[:-1] + ", cycle: quarter}"
+    published = publish(
+        settings.dsn,
+        accounts(contracts(contract("one", today - 60 * DAY_US, today), later)),
+        actor="test",
+        back_dated=True,
+    )
     assert outcomes(published)[1:] == [("one", 2, "changed"), ("two", 1, "new")]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.case_models import MODELS, NOT_BUILT
 from pipeline.cli.cases import run
 
 FILES = sorted(Path(__file__).parent.glob("*.json"))
@@ -85,9 +84,3 @@ def test_what_cannot_be_compared_fails(change: dict[str, Any], message: str) -> 
     assert run(case).differences == ()
     (difference,) = run({**case, **change}).differences
     assert re.search(message, difference)
-
-
-def test_a_model_that_is_not_built_is_skipped_with_its_reason() -> None:
-    assert not set(MODELS) & set(NOT_BUILT)
-    outcome = run({"id": "c", "model": "tax", "inputs": {}, "expected": {}})
-    assert (outcome.differences, outcome.skipped) == ((), NOT_BUILT["tax"])

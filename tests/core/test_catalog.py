@@ -15,10 +15,12 @@ from pipeline.core.catalog import Catalog, Segment, Terms
 from pipeline.core.charges import Cell, Charge, Tier
 from pipeline.core.closing import Span, closing_price
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.cycles import Cycle
 from pipeline.core.documents import Entry, Item, from_document, kind_of, to_document
 from pipeline.core.meters import Conversion, Filter, Meter, Rounding
-from pipeline.core.periods import parse_instant
+from pipeline.core.periods import Period, month_of, parse_instant
 from pipeline.core.plans import Override, Plan, Pool, PoolOverride, PriceList
+from pipeline.core.proration import Portion
 from pipeline.core.reasons import Reason, Rejection, Stage
 
 
@@ -153,6 +155,88 @@ def test_periods_are_months_of_the_account_s_time_zone() -> None:
     assert found.segment.period.start_us == at("2026-03-31T15")
 
 
+def test_periods_are_those_of_the_contract_s_cycle() -> None:
+    quarterly = replace(CONTRACT, cycle=Cycle("quarter", 31))
+    found = terms(replace(ACCOUNT, time_zone="Asia/Tokyo"), quarterly, METER, PLAN, when="2026-04-29T15")
+    assert isinstance(found, Terms)
+    assert found.segment.period == Period(at("2026-04-29T15"), at("2026-07-30T15"))
+    assert (found.segment.start_us, found.segment.end_us) == (at("2026-04-29T15"), at("2026-07-30T15"))
+
+
+# Several contracts at a time ------------------------------------------------------------------------------------------
+
+SUPPORT = replace(PLAN, id="support", charges=(Charge("fee", None, "flat", unit_price=Decimal(300)),))
+TICKETS = replace(METER, id="tickets", event_type="ticket.opened")
+DESK = replace(PLAN, id="desk", charges=(Charge("tickets", "tickets", "per_unit", unit_price=Decimal(5)),))
+HELP = Contract("acct-help", 1, "acct", "support", at("2026-02-10"), None, cycle=Cycle("year", 1, 4))
+
+
+def test_an_event_is_the_contract_s_whose_plan_charges_it() -> None:
+    known = catalog(ACCOUNT, CONTRACT, METER, PLAN, replace(HELP, plan="desk"), TICKETS, DESK)
+    found = {type: known.terms("acct", type, at("2026-03-15")) for type in ("llm.request", "ticket.opened", "fax")}
+    assert [one.segment.contract.id for one in found.values() if isinstance(one, Terms)] == ["acct-main", "acct-help"]
+    refused = found["fax"]
+    assert isinstance(refused, Rejection)
+    assert refused.reason is Reason.NO_CHARGE
+    assert refused.message == (
+        "expected an event type that plan 'desk' version 1 or 'standard' version 1 charges, got 'fax'"
+    )
+
+
+def test_where_two_charge_an_event_the_lower_id_counts() -> None:
+    known = catalog(ACCOUNT, CONTRACT, METER, PLAN, replace(HELP, plan="standard", end_us=at("2026-03-20")))
+    found = [known.terms("acct", "llm.request", at(day)) for day in ("2026-02-09", "2026-02-10", "2026-03-20")]
+    assert [one.segment.contract.id for one in found if isinstance(one, Terms)] == [
+        "acct-main",
+        "acct-help",
+        "acct-main",
+    ]
+    assert isinstance(found[0], Terms)
+    assert (found[0].end_us, found[0].segment.end_us) == (at("2026-02-10"), at("2026-03-01")), "its segment goes on"
+
+
+def test_an_event_waits_while_one_of_the_contracts_has_no_price() -> None:
+    """Who charges it cannot be told yet."""
+    later = replace(DESK, valid_from_us=at("2026-03-20"))
+    known = catalog(ACCOUNT, CONTRACT, METER, PLAN, replace(HELP, plan="desk"), TICKETS, later)
+    found = known.terms("acct", "llm.request", at("2026-03-15"))
+    assert isinstance(found, Rejection)
+    assert found.reason is Reason.NO_PRICE
+
+
+def test_each_contract_has_segments_and_periods_of_its_own() -> None:
+    known = catalog(ACCOUNT, CONTRACT, METER, PLAN, HELP, SUPPORT)
+    year, april = Period(at("2025-04-01"), at("2026-04-01")), Period(at("2026-04-01"), at("2026-05-01"))
+    march = Period(at("2026-03-01"), at("2026-04-01"))
+    assert [(one.contract.id, one.start_us) for one in known.segments("acct", at("2026-02-20"), at("2026-04-02"))] == [
+        ("acct-main", at("2026-02-01")),
+        ("acct-help", at("2026-02-10")),
+        ("acct-main", at("2026-03-01")),
+        ("acct-help", at("2026-04-01")),
+        ("acct-main", at("2026-04-01")),
+    ]
+    assert [one.contract.id for one in known.segments_of("acct", march)] == ["acct-main"]
+    assert [one.contract.id for one in known.segments_of("acct", year)] == ["acct-help"]
+    assert known.periods_ending("acct", march) == (year, march)
+    assert known.periods_ending("acct", april) == (april,)
+    assert known.periods_at("acct", at("2026-03-31T23")) == (year, march)
+    assert known.periods_at("nobody", at("2026-03-31T23")) == ()
+
+
+def test_contracts_of_one_cycle_share_their_periods() -> None:
+    known = catalog(ACCOUNT, CONTRACT, METER, PLAN, replace(HELP, cycle=Cycle()), SUPPORT)
+    march = month_of(at("2026-03-15"), "UTC")
+    assert known.periods_ending("acct", march) == (march,)
+    assert [one.contract.id for one in known.segments_of("acct", march)] == ["acct-help", "acct-main"]
+
+
+def test_a_period_counts_while_a_contract_is_in_force_in_it() -> None:
+    known = catalog(ACCOUNT, replace(CONTRACT, end_us=at("2026-03-01")), METER, PLAN)
+    assert known.periods_ending("acct", month_of(at("2026-01-01"), "UTC")) != ()
+    assert known.periods_ending("acct", month_of(at("2026-03-01"), "UTC")) == ()
+    assert known.periods_ending("acct", month_of(at("2025-12-01"), "UTC")) == ()
+
+
 REJECTIONS: dict[str, tuple[tuple[Item, ...], str, Reason, str]] = {
     "no such account": ((CONTRACT, METER, PLAN), "2026-03-15", Reason.UNKNOWN_ACCOUNT, "got 'acct'"),
     "no contract at all": ((ACCOUNT, METER, PLAN), "2026-03-15", Reason.NO_CONTRACT, "got none so far"),
@@ -268,8 +352,16 @@ PIECES: list[Item] = [
     replace(OWN, version=3, valid_from_us=at("2026-03-07")),
     OWN,
     NAMED,
+    # A subscription beside the others, which from its second version on charges the same events, and goes before them.
+    Contract("acct-extra", 1, "acct", "extra", at("2026-03-04"), at("2026-03-24"), cycle=Cycle("quarter", 9)),
+    replace(PLAN, id="extra", charges=(replace(CHARGE, id="calls", meter="calls"),)),
+    replace(PLAN, id="extra", version=2, valid_from_us=at("2026-03-17"), charges=(replace(CHARGE, id="more"),)),
+    replace(METER, id="calls", event_type="call"),
+    replace(METER, id="calls", version=2, event_type="call", valid_from_us=at("2026-03-09")),
 ]
-BOUNDARIES = [f"2026-03-{day:02}" for day in (1, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 22, 23, 25)] + [
+BOUNDARIES = [
+    f"2026-03-{day:02}" for day in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 22, 23, 24, 25)
+] + [
     "2026-02-28T22",
     "2026-03-31T21",
 ]
@@ -285,29 +377,33 @@ def test_the_order_and_repetition_of_entries_do_not_matter(pieces: list[Item], c
     assert shuffled.terms("acct", "llm.request", when) == in_order
 
 
-@given(st.sets(st.sampled_from(PIECES)), TIMES, TIMES)
-def test_terms_hold_for_every_time_they_say_and_for_no_other(pieces: set[Item], one: int, other: int) -> None:
+@given(st.sets(st.sampled_from(PIECES)), TIMES, TIMES, st.sampled_from(["llm.request", "call"]))
+def test_terms_hold_for_every_time_they_say_and_for_no_other(
+    pieces: set[Item], one: int, other: int, event_type: str
+) -> None:
     known = catalog(*pieces)
-    found = known.terms("acct", "llm.request", one)
+    found = known.terms("acct", event_type, one)
     if isinstance(found, Rejection):
         return
     assert found.segment.start_us <= found.start_us <= one < found.end_us <= found.segment.end_us
-    assert (known.terms("acct", "llm.request", other) == found) == (found.start_us <= other < found.end_us)
+    assert (known.terms("acct", event_type, other) == found) == (found.start_us <= other < found.end_us)
 
 
 @given(st.sets(st.sampled_from(PIECES)))
-def test_segments_tile_the_time_that_has_terms(pieces: set[Item]) -> None:
+def test_segments_of_a_contract_tile_the_time_that_it_has_terms(pieces: set[Item]) -> None:
     known = catalog(*pieces)
     start, end = at("2026-02-20"), at("2026-04-05")
-    segments = known.segments("acct", start, end)
-    for segment in segments:
-        for time in (max(segment.start_us, start), min(segment.end_us, end) - 1):
-            assert known.segment("acct", time) == segment
-    edges = [start, *(edge for one in segments for edge in (one.start_us, one.end_us)), end]
-    for left, right in zip(edges[::2], edges[1::2], strict=True):
-        if left < right:
-            assert isinstance(known.segment("acct", left), Rejection)
-            assert isinstance(known.segment("acct", right - 1), Rejection)
+    found = known.segments("acct", start, end)
+    for contract in known.contracts.values():
+        segments = [segment for segment in found if segment.contract == contract]
+        for segment in segments:
+            for time in (max(segment.start_us, start), min(segment.end_us, end) - 1):
+                assert known.segment("acct", time, contract.id) == segment
+        edges = [start, *(edge for one in segments for edge in (one.start_us, one.end_us)), end]
+        for left, right in zip(edges[::2], edges[1::2], strict=True):
+            if left < right:
+                assert isinstance(known.segment("acct", left, contract.id), Rejection)
+                assert isinstance(known.segment("acct", right - 1, contract.id), Rejection)
 
 
 # Price lists, phases, trials ------------------------------------------------------------------------------------------
@@ -480,6 +576,67 @@ def test_a_segment_has_its_share_of_the_period(prorate: Any, pool: int, included
     assert found.charges[1] == CHARGE
 
 
+#: Two upgrades in March and the contract's end, all of them in the midst of a day.
+CUT = replace(
+    CONTRACT,
+    start_us=at("2026-03-10T09"),
+    end_us=at("2026-03-25T15"),
+    later_phases=(Phase(at("2026-03-12T18"), "plus"), Phase(at("2026-03-20T01"), "standard")),
+)
+PLUS_MARCH = replace(PLAN, id="plus")
+
+
+def cut(prorate_by: Any, *more: Item) -> list[Portion]:
+    plans = (replace(plan, prorate_by=prorate_by) for plan in (PLAN, PLUS_MARCH))
+    return [one.portion for one in catalog(ACCOUNT, METER, *plans, CUT, *more).segments("acct", 0, at("2027-01-01"))]
+
+
+def test_a_day_belongs_to_what_begins_on_it_and_the_last_one_to_the_contract() -> None:
+    assert cut("day") == [Portion(9, 11, 31), Portion(11, 19, 31), Portion(19, 25, 31)]
+    # Unless another takes over: it has that day.
+    next_one = Contract("next", 1, "acct", "standard", at("2026-03-25T15"), at("2026-03-31T10"))
+    assert cut("day", next_one)[2:] == [Portion(19, 24, 31), Portion(24, 31, 31)]
+    assert cut("day", replace(next_one, end_us=at("2026-03-31")))[3] == Portion(24, 30, 31)
+
+
+def test_by_time_a_segment_has_its_microseconds() -> None:
+    hours = [portion.start // 3_600_000_000 for portion in cut("second")]
+    assert hours == [9 * 24 + 9, 11 * 24 + 18, 19 * 24 + 1]
+
+
+def test_by_period_each_stay_on_a_plan_is_due_once() -> None:
+    newer = replace(PLAN, version=2, valid_from_us=at("2026-03-22"), prorate_by="period")
+    assert cut("period", newer) == [Portion(0, 1, 1), Portion(0, 1, 1), Portion(0, 1, 1), Portion(1, 1, 1)]
+
+
+def test_by_period_included_units_are_whole_in_every_segment() -> None:
+    newer = replace(POOLED, version=2, valid_from_us=at("2026-03-22"), prorate_by="period")
+    found = catalog(ACCOUNT, CONTRACT, METER, replace(POOLED, prorate_by="period"), newer).segments(
+        "acct", at("2026-03-01"), at("2026-04-01")
+    )
+    assert [one.pools[0].included for one in found] == [3100 * UNITS, 3100 * UNITS]
+    assert not any(one.shortens(TIERED) for one in found)
+
+
+def test_what_begins_to_cost_after_a_trial_is_due_once() -> None:
+    trial = replace(CONTRACT, trial_days=10)
+    fee = replace(PLAN, prorate_by="period", charges=(Charge("fee", None, "flat", unit_price=Decimal(49)),))
+    newer = replace(fee, version=2, valid_from_us=at("2026-01-25"))
+    found = catalog(ACCOUNT, trial, METER, fee, newer).segments("acct", at("2026-01-01"), at("2026-03-01"))
+    amounts = [closing_price(one.charges[0], None, [], one.span).amount // 10**12 for one in found]
+    assert [one.trial for one in found] == [True, False, False, False]
+    assert amounts == [0, 49, 0, 49]
+
+
+def test_calendar_days_count_whole_where_clocks_change() -> None:
+    """Berlin's 29 March 2026 has 23 hours, and is one of 31 days all the same."""
+    berlin = replace(ACCOUNT, time_zone="Europe/Berlin")
+    ends = replace(CONTRACT, end_us=at("2026-03-29T10"))
+    found = catalog(berlin, ends, METER, replace(PLAN, prorate_by="day")).segment("acct", at("2026-03-15"))
+    assert isinstance(found, Segment)
+    assert found.portion == Portion(0, 29, 31)
+
+
 @pytest.mark.parametrize("prorate", ["pool", "pool_and_tiers", "none"])
 def test_levels_pay_for_their_time_so_nothing_of_their_price_is_prorated(prorate: Any) -> None:
     """100 seats, 31 of them free, all month: 69 x 2.00, however the month is cut."""
@@ -507,14 +664,24 @@ def test_levels_pay_for_their_time_so_nothing_of_their_price_is_prorated(prorate
     st.lists(st.integers(at("2026-03-01") + 1, at("2026-04-01") - 1), max_size=6, unique=True).map(sorted),
     st.integers(0, 10**13),
     st.integers(1, 10**12),
+    st.sampled_from(["second", "day"]),
 )
-def test_the_segments_of_a_period_have_the_whole_together(cuts: list[int], included: int, bound: int) -> None:
+def test_the_segments_of_a_period_have_the_whole_together(
+    cuts: list[int], included: int, bound: int, prorate_by: Any
+) -> None:
     """However often a price changes within a month, the shares add up, and every tier keeps some room."""
     charge = replace(
         TIERED, included=included, tiers=(Tier(bound, Decimal(2)), Tier(bound + 1, Decimal(1)), Tier(None))
     )
     versions = [
-        replace(POOLED, version=n + 1, valid_from_us=cut, prorate="pool_and_tiers", charges=(charge,))
+        replace(
+            POOLED,
+            version=n + 1,
+            valid_from_us=cut,
+            prorate="pool_and_tiers",
+            prorate_by=prorate_by,
+            charges=(charge,),
+        )
         for n, cut in enumerate([0, *cuts])
     ]
     known = catalog(ACCOUNT, METER, CONTRACT, *versions)

@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.core.catalog import Segment
 from pipeline.core.charges import Cell, Charge, Tier, compile_price, event_shares, tier_shares
 from pipeline.core.closing import Closing, Member, Span, closing_price
-from pipeline.core.explanations import Wording, explain_parts, explain_span
+from pipeline.core.contracts import Contract
+from pipeline.core.explanations import Wording, explain_parts, explain_share, explain_span
 from pipeline.core.meters import Meter
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, QUANTITY_ONE, scaled
 from pipeline.core.periods import Period
+from pipeline.core.plans import Plan
+from pipeline.core.proration import WHOLE, Portion
 
 UNIT = QUANTITY_ONE
 DAY_US = 86_400_000_000
@@ -159,6 +163,23 @@ def test_words_of_what_only_the_close_knows() -> None:
 )
 def test_how_much_of_a_period(end_us: int, expected: str) -> None:
     assert explain_span(0, end_us, OCTOBER) == expected
+
+
+@pytest.mark.parametrize(
+    ("by", "portion", "expected"),
+    [
+        ("second", Portion(0, 15 * DAY_US, 31 * DAY_US), "15 of 31 days"),
+        ("day", Portion(14, 31, 31), "17 of 31 days"),
+        ("day", WHOLE, ""),
+        ("period", WHOLE, ""),
+        ("period", Portion(1, 1, 1), "no part: its first segment had all of it"),
+    ],
+)
+def test_a_segment_s_share_as_its_plan_prorates(by: Any, portion: Portion, expected: str) -> None:
+    plan = Plan("p", 1, "P", "USD", 0, (), prorate_by=by)
+    contract = Contract("a-main", 1, "a", "p", 0, None)
+    segment = Segment("a", contract, plan, OCTOBER, 0, 15 * DAY_US, (), portion=portion)
+    assert explain_share(segment) == expected
 
 
 # -- parts add up

@@ -15,12 +15,13 @@ from pipeline.billing.rerate import differences
 from pipeline.core.catalog import Catalog
 from pipeline.core.charges import Cell, Charge, Tier
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.cycles import Cycle
 from pipeline.core.documents import Entry, kind_of, to_document
 from pipeline.core.meters import Filter, Meter
-from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_ONE, amount_decimal, scaled
+from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_ONE, amount_decimal, round_half_up_div, scaled
 from pipeline.core.periods import format_instant, parse_instant
 from pipeline.core.plans import Plan, Pool
-from pipeline.core.rerating import Use, carried_event_types, close_period
+from pipeline.core.rerating import Use, carried_event_types, close_period, first_moment
 from tests.scenarios.story import World
 
 UNIT = QUANTITY_ONE
@@ -208,6 +209,42 @@ def test_a_level_goes_on_over_months_and_plans() -> None:
     found = close_period(catalog, "acme", period, [], [use("sep", -5, n="4")])
     assert [(line.segment.plan.id, amount_decimal(line.amount)) for line in found.lines] == [("all", 20), ("other", 20)]
     assert carried_event_types(catalog, "acme", period) == {"call"}
+
+
+QUARTERLY = Contract("acme-2", 1, "acme", "all", OCTOBER + 10 * 24 * HOUR_US, None, cycle=Cycle("quarter"))
+
+
+def test_contracts_of_other_periods_are_closed_on_their_own() -> None:
+    """From 11 October on Acme is billed by quarters: October has ten days of the month, the quarter the rest of it."""
+    month = Contract("acme-1", 1, "acme", "all", 0, QUARTERLY.start_us)
+    level = next(one for one in CHARGES if one.id == "level")
+    catalog = Catalog.empty().extend(entries(*METERS, small(CHARGES[1], level), ACCOUNT, month, QUARTERLY), 1)
+    october, quarter = catalog.periods_at("acme", OCTOBER)
+    assert first_moment(catalog, "acme", october) == OCTOBER
+    assert first_moment(catalog, "acme", quarter) == QUARTERLY.start_us, "so what October left is earlier"
+    before = use("a", 2, n="4")
+    found = [
+        close_period(catalog, "acme", october, [before]),
+        close_period(catalog, "acme", quarter, [use("b", 20, n="4")], [before]),
+    ]
+    assert [[(line.segment.contract.id, line.charge.id) for line in one.lines] for one in found] == [
+        [("acme-1", "volume"), ("acme-1", "level")],
+        [("acme-2", "volume"), ("acme-2", "level")],
+    ]
+    levels = [one.lines[1].amount for one in found]
+    # 4 from 2 to 11 October, of 31 days; then on to the year's end, 82 of the quarter's 92 days.
+    quantities = [round_half_up_div(4 * UNIT * days, of) for days, of in ((9, 31), (82, 92))]
+    assert levels == [quantity * scaled(Decimal(10), AMOUNT_DECIMALS) // UNIT for quantity in quantities]
+
+
+def test_usage_billed_in_another_period_is_refused_not_dropped() -> None:
+    catalog = Catalog.empty().extend(entries(*METERS, small(CHARGES[1]), ACCOUNT, QUARTERLY), 1)
+    found = close_period(catalog, "acme", closed_period(), [use("k", 20)])
+    ((_, rejection),) = found.refused
+    assert rejection.message == (
+        "expected a contract with the period it was billed in, got 'acme-2' with 2026-10-01T00:00:00Z to "
+        "2027-01-01T00:00:00Z"
+    )
 
 
 @pytest.mark.parametrize(("first", "then", "prices"), [("sum", "max", [11, 5]), ("max", "sum", [9, 7])])

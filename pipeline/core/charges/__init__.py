@@ -29,7 +29,7 @@ absent and costs nothing until the close, which prices it at 0 and books that fe
 """
 
 from pipeline.core.charges.check import charge_class, charge_faults, check_charge, check_metering
-from pipeline.core.charges.model import PER_EVENT, Beyond, Bound, Cell, Charge, ChargeClass, Model, Tier
+from pipeline.core.charges.model import PER_EVENT, STANDARD, Beyond, Bound, Cell, Charge, ChargeClass, Model, Tier
 from pipeline.core.charges.numbers import flat_fee, scaled_amount
 from pipeline.core.charges.per_event import EventPrice, compile_amount, compile_event_price
 from pipeline.core.charges.running import Lines, Price, compile_price, price_lines, price_of
@@ -45,6 +45,7 @@ from pipeline.core.charges.shares import (
 
 __all__ = [
     "PER_EVENT",
+    "STANDARD",
     "Beyond",
     "Bound",
     "Cell",

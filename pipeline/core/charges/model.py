@@ -26,6 +26,9 @@ ChargeClass: TypeAlias = Literal["running", "per_event", "period"]
 Bound: TypeAlias = Literal["inclusive", "exclusive"]
 Beyond: TypeAlias = Literal["last_tier", "park"]
 
+#: The tax category of a charge that names none.
+STANDARD = "standard"
+
 
 @dataclass(frozen=True, slots=True)
 class Tier:
@@ -89,6 +92,8 @@ class Charge:
     per_level        per_unit, graduated: each level of a time-weighted meter is priced as a quantity, for its share of
                      the period; a tier's flat fee once, whole. Else its mean over the time is priced
     prorate          flat fee and minimum: a segment shorter than its period pays its share of the time; else whole
+    name             what invoices call it; "" is its id
+    tax_category     which tax rates hold for it: a word of the tax table
     """
 
     id: str
@@ -121,6 +126,13 @@ class Charge:
     quantity: Quantity = QUANTITY_ONE
     per_level: bool = False
     prorate: bool = True
+    name: str = ""
+    tax_category: str = STANDARD
+
+    @property
+    def title(self) -> str:
+        """What people read: its name, or its id where it has none."""
+        return self.name or self.id
 
     @property
     def split(self) -> bool:
