@@ -17,8 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: $(VENV)/.runtime
 	$(BIN)/tally demo $(ARGS)
 
+# Two processes, each with services of its own: most of the time is waiting. Files go in order, the long ones first.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench $(ONLY)

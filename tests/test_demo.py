@@ -92,3 +92,48 @@ def test_exact_strings(report: dict[str, Any]) -> None:
             assert isinstance(text, str)
             assert "E" not in text.upper()
             Decimal(text)
+
+
+def test_the_month_is_closed_once_all_is_decided(report: dict[str, Any]) -> None:
+    """Refused for the parked event and both dead letters, then an invoice for every customer, the late one's too."""
+    close = report["close"]
+    assert {one["kind"]: one["count"] for one in close["missing"]} == {"parked": 1, "dead_letters": 2}
+    assert [one["account"] for one in close["invoices"]] == [*(f"acct-{n:02d}" for n in range(12)), "acct-99"]
+    assert [one["number"][-5:] for one in close["invoices"]] == [f"{n:05d}" for n in range(1, 14)]
+    for one in close["invoices"]:
+        assert Decimal(one["net"]) + Decimal(one["tax"]) == Decimal(one["total"])
+
+
+def test_an_invoice_equals_an_independent_calculation(report: dict[str, Any]) -> None:
+    """Each line rounded once; a coupon of 10 % for acct-03; VAT of 19 % at home, none to France and abroad."""
+    invoices = {one["account"]: one for one in report["close"]["invoices"]}
+    # acct-00 got the mended event too, of 100 input tokens and 10 output tokens.
+    for account, percent_off, vat in (("acct-01", 0, 0), ("acct-02", 0, 0), ("acct-03", 10, 19), ("acct-04", 0, 19)):
+        lines = [_cents(amount) for _, amount in _independent()[account].values()]
+        net = sum(lines) - _cents(Fraction(sum(lines) * percent_off, 10_000))
+        assert Decimal(invoices[account]["net"]) * 100 == net, account
+        assert Decimal(invoices[account]["tax"]) * 100 == _cents(Fraction(net * vat, 10_000)), account
+
+
+def _cents(amount: Fraction) -> int:
+    """Half up, of an amount that is not below 0."""
+    return int(amount * 100 + Fraction(1, 2))
+
+
+def test_a_late_event_becomes_an_adjustment(report: dict[str, Any]) -> None:
+    """250,000 input tokens in the last tier and 40,000 output tokens, 10 % off, with VAT."""
+    close = report["close"]
+    (of_account,) = [one for one in close["invoices"] if one["account"] == "acct-03"]
+    adjustment = close["adjustment"]
+    assert adjustment["corrects"] == of_account["number"]
+    costs = [amount for _, amount in _independent()["acct-03"].values()]
+    added = [costs[0] + 250_000 * Fraction(2, 10**6), costs[1] + 40_000 * Fraction(15, 10**6)]
+    net = sum(map(_cents, added)) - _cents(Fraction(sum(map(_cents, added)), 1_000))
+    total = net + _cents(Fraction(net * 19, 10_000))
+    assert Decimal(adjustment["total"]) * 100 == total - Decimal(of_account["total"]) * 100
+
+
+def test_every_document_is_written_as_pdf(report: dict[str, Any]) -> None:
+    assert len(report["close"]["pdfs"]) == len(report["close"]["invoices"]) + 1
+    for path in report["close"]["pdfs"]:
+        assert Path(path).read_bytes().startswith(b"%PDF-")

@@ -24,7 +24,7 @@ from pipeline.core.closing import Counter, close_pools
 from pipeline.core.credits import Drawn, Grant, Owed, Reduces, draw, spread
 from pipeline.core.members import Member
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, Micros, scaled
-from pipeline.core.periods import to_datetime, to_micros
+from pipeline.core.periods import Period, to_datetime, to_micros
 
 #: What is watched: included units of a pool or a charge, a credit balance, a budget.
 Kind: TypeAlias = Literal["pool", "credits", "budget"]
@@ -108,7 +108,7 @@ def refresh(connection: "Connection[Any]", catalog: Catalog, account: str) -> li
         segments = {
             (segment.contract.id, segment.start_us): segment
             for start, end in sorted({(line.period_start, line.period_end) for line in lines})
-            for segment in catalog.segments(account, to_micros(start), to_micros(end))
+            for segment in catalog.segments_of(account, Period(to_micros(start), to_micros(end)))
         }
         watched = [*_pools(catalog, lines, segments), *_budgets(lines, budgets_of(connection, account))]
         grants = held(connection, [account])
@@ -296,11 +296,11 @@ def _free_units(lines: Sequence[_Line], segments: _Segments) -> dict[str, int]:
 
 def _pools(catalog: Catalog, lines: Sequence[_Line], segments: _Segments) -> Iterator[Watched]:
     """Included units of pools and of charges, over all segments of a period together."""
-    used: defaultdict[tuple[int, str], int] = defaultdict(int)  # by start of the period and charge, 1e-9
+    used: defaultdict[tuple[int, int, str], int] = defaultdict(int)  # by period and charge, 1e-9
     for line in lines:
-        used[to_micros(line.period_start), line.charge] += line.quantity
+        used[to_micros(line.period_start), to_micros(line.period_end), line.charge] += line.quantity
     allowed: defaultdict[tuple[int, int, str, str], int] = defaultdict(int)
-    charges: dict[tuple[int, str], tuple[str, ...]] = {}
+    charges: dict[tuple[int, int, str], tuple[str, ...]] = {}
     for segment in segments.values():
         period = segment.period
         pooled = [(pool.id, pool.unit, pool.included, pool.charges) for pool in segment.pools]
@@ -310,9 +310,9 @@ def _pools(catalog: Catalog, lines: Sequence[_Line], segments: _Segments) -> Ite
                 pooled.append((charge.id, meter.unit, charge.included, (charge.id,)))
         for id, unit, included, of in pooled:
             allowed[period.start_us, period.end_us, id, unit] += included
-            charges[period.start_us, id] = of
+            charges[period.start_us, period.end_us, id] = of
     for (start_us, end_us, id, unit), included in allowed.items():
-        quantity = sum(used[start_us, charge] for charge in charges[start_us, id])
+        quantity = sum(used[start_us, end_us, charge] for charge in charges[start_us, end_us, id])
         yield Watched("pool", id, unit, as_decimal(quantity, "units"), as_decimal(included, "units"), start_us, end_us)
 
 

@@ -4,15 +4,15 @@ An entry is written once and never changed. The line's running quantity and amou
 under the lock the sink takes: a line always holds the sum of its rows and entries.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
 from psycopg import Connection
 from psycopg.rows import dict_row
 
-from pipeline.billing.lines import Lines
+from pipeline.billing.lines import Lines, PeriodsClosed, open_invoices
 from pipeline.billing.rated import Terms
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, Amount, Quantity, scaled
 from pipeline.core.periods import Period, to_datetime, to_micros
@@ -50,6 +50,8 @@ class StoredLine:
     amount: Amount
     #: Whether usage was moved here, or away, by an entry: the rater has counted on without it.
     back_dated: bool = False
+    #: The newest close entry on it; None where there is none.
+    last_entry: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,15 @@ WHERE account = %s AND period_start = %s AND period_end = %s ORDER BY id FOR NO 
 """
 
 
-def lock_period(connection: "Connection[Any]", account: str, period: Period) -> None:
-    """Hold the account's invoices of the period until the transaction ends: no row is added to them meanwhile."""
+def lock_period(
+    connection: "Connection[Any]", account: str, period: Period, *, currencies: Collection[str] = ()
+) -> None:
+    """Hold the account's invoices of the period until the transaction ends: no row is added to them meanwhile.
+
+    Of these currencies there is an invoice then: created first, like the sink's, so that neither waits for the other.
+    """
+    if currencies:
+        open_invoices(connection, [(account, currency, period.start_us, period.end_us) for currency in currencies])
     connection.execute(_LOCK_INVOICES, [account, to_datetime(period.start_us), to_datetime(period.end_us)])
 
 
@@ -100,7 +109,8 @@ SELECT line.id, invoice.state::text AS invoice_state, invoice.currency, invoice.
     line.price_class::text AS price_class,
     EXISTS (
         SELECT FROM billing.close_entry AS entry WHERE entry.line_id = line.id AND 'back_dated' = ANY(entry.reasons)
-    ) AS back_dated
+    ) AS back_dated,
+    (SELECT max(entry.id) FROM billing.close_entry AS entry WHERE entry.line_id = line.id) AS last_entry
 FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
 WHERE invoice.account = %s AND invoice.period_start = %s AND invoice.period_end = %s
 ORDER BY line.id
@@ -131,78 +141,97 @@ def _stored_line(row: dict[str, Any]) -> StoredLine:
         price_class=row["price_class"],
     )
     quantity, amount = scaled(row["quantity"], QUANTITY_DECIMALS), scaled(row["amount"], AMOUNT_DECIMALS)
-    return StoredLine(row["id"], terms, row["invoice_state"], quantity, amount, row["back_dated"])
+    return StoredLine(row["id"], terms, row["invoice_state"], quantity, amount, row["back_dated"], row["last_entry"])
+
+
+def rebased(
+    entries: Iterable[CloseEntry], held: Iterable[StoredLine], now: Sequence[StoredLine]
+) -> list[CloseEntry] | None:
+    """Entries worked out on the lines as they were ``held``, on the lines as they stand ``now``: each adds the same.
+
+    As if they had been booked when they were worked out, and the rows that came since had come after them. None where
+    something else was booked since, or an invoice closed: then they have to be worked out anew. Pure.
+    """
+    states = {line.id: (line.last_entry, line.invoice_state) for line in held}
+    if any(states.get(line.id, (None, "open")) != (line.last_entry, line.invoice_state) for line in now):
+        return None
+    by_id = {line.id: line for line in now}
+    made_since = {_identity(line.terms): line for line in now if line.id not in states}
+    found = []
+    for entry in entries:
+        line = by_id[entry.line_id] if entry.line_id is not None else made_since.get(_identity(entry.terms))
+        if line is None:
+            found.append(entry)
+            continue
+        quantity, amount = line.quantity, line.amount
+        moves = quantity, quantity + entry.quantity, amount, amount + entry.amount
+        found.append(CloseEntry(line.id, entry.terms, entry.reasons, *moves))
+    return found
+
+
+def _identity(terms: Terms) -> tuple[object, ...]:
+    """What names a line of its invoice: all of its terms but the class."""
+    return tuple(getattr(terms, field.name) for field in fields(terms) if field.name != "price_class")
 
 
 _INSERT = """
 INSERT INTO billing.close_entry
     (line_id, reasons, quantity_before, quantity_after, amount_before, amount_after, booked_by, note)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
+SELECT line_id, string_to_array(reasons, ','), quantity_before, quantity_after, amount_before, amount_after, %s, %s
+FROM unnest(%s::bigint[], %s::text[], %s::numeric[], %s::numeric[], %s::numeric[], %s::numeric[])
+    AS entry (line_id, reasons, quantity_before, quantity_after, amount_before, amount_after)
 """
 # By compare-and-set: of a period without an invoice there is nothing to lock while it is read.
-_MOVE_LINE = """
-UPDATE billing.invoice_line SET quantity = %s, amount = %s, updated_at = now()
-WHERE id = %s AND quantity = %s AND amount = %s
+_MOVE_LINES = """
+UPDATE billing.invoice_line AS line
+SET quantity = entry.quantity_after, amount = entry.amount_after, updated_at = now()
+FROM unnest(%s::bigint[], %s::numeric[], %s::numeric[], %s::numeric[], %s::numeric[])
+    AS entry (line_id, quantity_before, quantity_after, amount_before, amount_after)
+WHERE line.id = entry.line_id AND line.quantity = entry.quantity_before AND line.amount = entry.amount_before
 """
 
 
 def book(
     connection: "Connection[Any]", account: str, entries: Sequence[CloseEntry], *, actor: str, note: str
 ) -> list[int]:
-    """Write the entries and move their lines, creating those that are missing; return the lines' ids, as the entries.
+    """``book_all`` for one account."""
+    return book_all(connection, [(account, entry) for entry in entries], actor=actor, note=note)
 
-    For a transaction that holds the period (``lock_period``) and read the lines under that lock. Raises PeriodClosed
-    when the invoice of a new line is not open, LineMoved when a line is there already: then it must be rolled back.
+
+def book_all(
+    connection: "Connection[Any]", entries: Sequence[tuple[str, CloseEntry]], *, actor: str, note: str
+) -> list[int]:
+    """Write accounts' entries and move their lines, creating those that are missing; return the lines' ids, as entries.
+
+    For a transaction that holds the periods (``lock_period``) and read the lines under that lock: the entries were
+    worked out since, or before and ``rebased``. Raises PeriodClosed when the invoice of a new line is not open,
+    LineMoved when a line is there already: then it must be rolled back.
     """
-    ids = _line_ids(connection, account, entries)
-    with connection.cursor() as cursor:
-        cursor.executemany(
-            _INSERT,
-            [
-                [
-                    line_id,
-                    [cause.value for cause in entry.reasons],
-                    _quantity(entry.quantity_before),
-                    _quantity(entry.quantity_after),
-                    _amount(entry.amount_before),
-                    _amount(entry.amount_after),
-                    actor,
-                    note,
-                ]
-                for line_id, entry in zip(ids, entries, strict=True)
-            ],
-        )
-        cursor.executemany(
-            _MOVE_LINE,
-            [
-                [
-                    _quantity(entry.quantity_after),
-                    _amount(entry.amount_after),
-                    line_id,
-                    _quantity(entry.quantity_before),
-                    _amount(entry.amount_before),
-                ]
-                for line_id, entry in zip(ids, entries, strict=True)
-            ],
-        )
-        if cursor.rowcount != len(entries):
-            raise LineMoved(f"expected {len(entries)} lines of {account} as they were read, got {cursor.rowcount}")
+    if not entries:
+        return []
+    ids = _line_ids(connection, entries)
+    quantities_before = [_quantity(entry.quantity_before) for _, entry in entries]
+    quantities_after = [_quantity(entry.quantity_after) for _, entry in entries]
+    amounts_before = [_amount(entry.amount_before) for _, entry in entries]
+    amounts_after = [_amount(entry.amount_after) for _, entry in entries]
+    moves = [ids, quantities_before, quantities_after, amounts_before, amounts_after]
+    reasons = [",".join(cause.value for cause in entry.reasons) for _, entry in entries]
+    connection.execute(_INSERT, [actor, note, ids, reasons, *moves[1:]])
+    moved = connection.execute(_MOVE_LINES, moves).rowcount
+    if moved != len(entries):
+        raise LineMoved(f"expected {len(entries)} lines as they were read, got {moved}")
     return ids
 
 
-def _line_ids(connection: "Connection[Any]", account: str, entries: Iterable[CloseEntry]) -> list[int]:
-    ids = []
-    lines = Lines()
-    for entry in entries:
-        if entry.line_id is not None:
-            ids.append(entry.line_id)
-            continue
-        key = (account, entry.terms)
-        line = lines.lock(connection, [key]).get(key)
-        if line is None:
-            raise PeriodClosed(f"expected the {entry.terms.currency} invoice of {account} to be open, got a closed one")
-        ids.append(line.id)
-    return ids
+def _line_ids(connection: "Connection[Any]", entries: Iterable[tuple[str, CloseEntry]]) -> list[int]:
+    entries = list(entries)
+    missing = {(account, entry.terms) for account, entry in entries if entry.line_id is None}
+    try:
+        made = Lines().lock(connection, missing) if missing else {}
+    except PeriodsClosed as closed:
+        account, terms = min(closed.keys, key=lambda key: key[0])
+        raise PeriodClosed(f"expected the {terms.currency} invoice of {account} to be open, got a closed one") from None
+    return [made[account, entry.terms].id if entry.line_id is None else entry.line_id for account, entry in entries]
 
 
 def _quantity(quantity: Quantity) -> str:

@@ -16,7 +16,7 @@ from psycopg import Connection
 from psycopg.errors import Error, UniqueViolation
 
 from pipeline.billing.intake import Batch, Place, Poison, RatedMessage
-from pipeline.billing.lines import Line, LineKey, Lines, merge_references
+from pipeline.billing.lines import Line, LineKey, Lines, PeriodsClosed, merge_references
 from pipeline.billing.rated import Head
 from pipeline.billing.receipts import Receipt, write_receipts
 from pipeline.billing.sequences import write_sequences
@@ -81,12 +81,13 @@ def commit(
     """Write a batch, all of it or nothing. The connection is in autocommit and prepared; month partitions exist.
 
     1. Move every position by compare-and-set.
-    2. Find or create lines; lock their invoices in id order, keep the rows of open ones.
+    2. Find or create lines; lock their invoices in id order. Rows of a closed period that no message has billed go to
+       its next supplement.
     3. COPY these rows into the table. When one of them is there already, take that back; COPY them into a staging table
        and insert them from there ON CONFLICT DO NOTHING.
     4. Add what was inserted, and only that, to the lines.
     5. Write receipts, sequence numbers, control totals, letters and resolutions.
-    6. Quarantine the rest with its bytes: already billed, period closed, undecodable, already receipted.
+    6. Quarantine the rest with its bytes: already billed, undecodable, already receipted.
     7. Commit.
 
     Positions may have been set back by hand: a message that is written already changes nothing.
@@ -94,41 +95,58 @@ def commit(
     Raises PositionTaken when another sink moved a position first, psycopg.Error when Postgres fails; either way
     nothing is written and ``lines`` is forgotten.
     """
-    try:
-        with connection.transaction():
-            # Step 1.
-            _move_positions(connection, batch.moves)
-            reached(Step.POSITIONS_MOVED)
-            # Step 2.
-            keys = {(message.row.head.account, message.row.terms) for message in batch.rated}
-            open_lines = lines.lock(connection, keys) if keys else {}
-            rows, closed = _split(batch.rated, open_lines)
-            reached(Step.LINES_LOCKED)
-            # Step 3.
-            inserted, conflicts = _insert(connection, rows)
-            reached(Step.ROWS_INSERTED)
-            # Step 4.
-            _add_to_lines(connection, inserted)
-            reached(Step.LINES_MOVED)
-            # Step 5.
-            repeated = write_receipts(connection, batch.receipts)
-            write_sequences(connection, batch.receipts, batch.controls, grace_s=grace_s)
-            write_unrated(connection, batch.letters, batch.resolutions)
-            reached(Step.EVENTS_ACCOUNTED)
-            # Step 6.
-            refused = [
-                *(_refused_row("already_billed", message, topics) for message in conflicts),
-                *(_refused_row("period_closed", message, topics) for message in _unbilled(connection, closed)),
-                *(_refused("already_receipted", topics.receipts, receipt) for receipt in repeated),
-                *(_refused("undecodable", poison.topic, poison) for poison in batch.poison),
-            ]
-            quarantined = _quarantine(connection, refused)
-            reached(Step.REST_QUARANTINED)
-            # Step 7.
-        reached(Step.COMMITTED)
-    except (Error, PositionTaken):
-        lines.forget()
-        raise
+    late: frozenset[LineKey] = frozenset()
+    while True:
+        try:
+            return _commit(connection, batch, lines, topics, reached, grace_s, late)
+        except PeriodsClosed as closed:  # rolled back, and found out before anything was created
+            late |= closed.keys
+        except (Error, PositionTaken):
+            lines.forget()
+            raise
+
+
+def _commit(
+    connection: "Connection[Any]",
+    batch: Batch,
+    lines: Lines,
+    topics: Topics,
+    reached: Reached,
+    grace_s: float,
+    late: frozenset[LineKey],
+) -> Written:
+    """One transaction. Raises PeriodsClosed for lines of periods that are closed and not among ``late``."""
+    with connection.transaction():
+        # Step 1.
+        _move_positions(connection, batch.moves)
+        reached(Step.POSITIONS_MOVED)
+        # Step 2.
+        rated, repeats = _without_billed(connection, batch.rated, late)
+        keys = {(message.row.head.account, message.row.terms) for message in rated}
+        line_of = lines.lock(connection, keys, late=late) if keys else {}
+        rows = [(message, line_of[message.row.head.account, message.row.terms]) for message in rated]
+        reached(Step.LINES_LOCKED)
+        # Step 3.
+        inserted, conflicts = _insert(connection, rows)
+        reached(Step.ROWS_INSERTED)
+        # Step 4.
+        _add_to_lines(connection, inserted)
+        reached(Step.LINES_MOVED)
+        # Step 5.
+        receipted = write_receipts(connection, batch.receipts)
+        write_sequences(connection, batch.receipts, batch.controls, grace_s=grace_s)
+        write_unrated(connection, batch.letters, batch.resolutions)
+        reached(Step.EVENTS_ACCOUNTED)
+        # Step 6.
+        refused = [
+            *(_refused_row("already_billed", message, topics) for message in (*repeats, *conflicts)),
+            *(_refused("already_receipted", topics.receipts, receipt) for receipt in receipted),
+            *(_refused("undecodable", poison.topic, poison) for poison in batch.poison),
+        ]
+        quarantined = _quarantine(connection, refused)
+        reached(Step.REST_QUARANTINED)
+        # Step 7.
+    reached(Step.COMMITTED)
     return Written(len(inserted), quarantined)
 
 
@@ -158,18 +176,45 @@ def _move_positions(connection: "Connection[Any]", moves: dict[Place, tuple[int,
 
 # -- rows
 
-#: A row whose invoice is open, and its line.
+#: A row, and its line of an open invoice.
 _OpenRow: TypeAlias = tuple[RatedMessage, Line]
 
 
-def _split(rated: list[RatedMessage], lines: dict[LineKey, Line]) -> tuple[list[_OpenRow], list[RatedMessage]]:
-    """Rows with their open lines, and rows that have none."""
-    found = lines.get
-    paired = [(message, found((message.row.head.account, message.row.terms))) for message in rated]
-    rows = [(message, line) for message, line in paired if line is not None]
-    if len(rows) == len(paired):
-        return rows, []
-    return rows, [message for message, line in paired if line is None]
+_BILLED = """
+SELECT message.rated_partition, message.rated_offset,
+    (billed.rated_partition, billed.rated_offset) = (message.rated_partition, message.rated_offset)
+FROM unnest(%s::date[], %s::uuid[], %s::text[], %s::text[], %s::integer[], %s::integer[], %s::bigint[])
+    AS message (event_month, identity, charge, cell, entry, rated_partition, rated_offset)
+JOIN billing.rated_usage AS billed USING (event_month, identity, charge, cell, entry)
+"""
+
+
+def _without_billed(
+    connection: "Connection[Any]", rated: list[RatedMessage], late: frozenset[LineKey]
+) -> tuple[list[RatedMessage], list[RatedMessage]]:
+    """Rows without those of ``late`` that were billed while their period was open: no supplement is opened for them.
+
+    Of these, return the ones that another message had billed; in neither list, what this very message had written.
+    """
+    of_closed = [message for message in rated if (message.row.head.account, message.row.terms) in late]
+    if not of_closed:
+        return rated, []
+    rows = [message.row for message in of_closed]
+    columns: list[list[object]] = [
+        [to_datetime(row.head.timestamp_us).date().replace(day=1) for row in rows],
+        [UUID(bytes=row.head.identity) for row in rows],
+        [row.terms.charge for row in rows],
+        [row.terms.cell for row in rows],
+        [row.entry for row in rows],
+        [message.partition for message in of_closed],
+        [message.offset for message in of_closed],
+    ]
+    found = connection.execute(_BILLED, columns).fetchall()
+    billed = {(partition, offset): same for partition, offset, same in found}
+    return (
+        [message for message in rated if (message.partition, message.offset) not in billed],
+        [message for message in of_closed if billed.get((message.partition, message.offset)) is False],
+    )
 
 
 # In the order of the text that _text_of_event, _staged and the row's own part make.
@@ -324,32 +369,6 @@ def _add_to_lines(connection: "Connection[Any]", rows: list[_OpenRow]) -> None:
     # Planned anew each time: a plan kept from when the lines were few would scan them all.
     connection.execute(_ADD_TO_LINES, columns, prepare=False)
     merge_references(connection, ((line, message.row) for message, line in rows if line.references))
-
-
-_BILLED_FROM = """
-SELECT rated_partition, rated_offset
-FROM unnest(%s::date[], %s::uuid[], %s::text[], %s::text[], %s::integer[], %s::integer[], %s::bigint[])
-    AS message (event_month, identity, charge, cell, entry, rated_partition, rated_offset)
-JOIN billing.rated_usage USING (event_month, identity, charge, cell, entry, rated_partition, rated_offset)
-"""
-
-
-def _unbilled(connection: "Connection[Any]", closed: list[RatedMessage]) -> list[RatedMessage]:
-    """Rows of closed periods without those that were billed, from this very message, while it was open."""
-    if not closed:
-        return []
-    rows = [message.row for message in closed]
-    columns: list[list[object]] = [
-        [to_datetime(row.head.timestamp_us).date().replace(day=1) for row in rows],
-        [UUID(bytes=row.head.identity) for row in rows],
-        [row.terms.charge for row in rows],
-        [row.terms.cell for row in rows],
-        [row.entry for row in rows],
-        [message.partition for message in closed],
-        [message.offset for message in closed],
-    ]
-    billed = set(connection.execute(_BILLED_FROM, columns).fetchall())
-    return [message for message in closed if (message.partition, message.offset) not in billed]
 
 
 # -- quarantine

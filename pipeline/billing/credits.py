@@ -277,15 +277,9 @@ def listed(
 
 # For the close ------------------------------------------------------------------------------------------------------
 #
-# In one transaction per account, with its invoice locked (law 6's order):
-#
-# 1. ``lock_grants``, then ``held(settling=[invoice])``.
-# 2. Units: ``core.credits.draw_units`` over the counters' members; add what a counter gets to its ``pooled``, close it.
-# 3. Commitments: ``core.commitments.settle_windows`` over the spends of ``commitments_of``; what a window's adjustment
-#    adds to those booked before is a line of its own.
-# 4. Net: ``core.credits.spread`` each line's rounded amount over its events, ``draw``: a discount of the line. Tax.
-# 5. Total: ``spread`` the document's total over its events, ``draw`` with the account's overdraft: a payment.
-# 6. ``settle`` all draws, by grant and line; issue; ``alerts.update`` the account. Of grants that ended, ``roll_over``.
+# What a close asks for, in law 6's order: commitments (``pipeline.billing.commitments``), net and total credits
+# (``pipeline.billing.close_money``, with ``core.invoice``). Units (``core.credits.draw_units``: what a counter gets
+# adds to its ``pooled``) are not drawn yet: a payer that has some is refused.
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,8 +372,18 @@ def settle(
 
 def lock_grants(connection: "Connection[Any]", account: str) -> None:
     """Hold an account's grants until the transaction ends: nobody else draws them, and balances wait."""
-    connection.execute("INSERT INTO billing.balance_mark (account) VALUES (%s) ON CONFLICT DO NOTHING", [account])
-    connection.execute("SELECT FROM billing.balance_mark WHERE account = %s FOR UPDATE", [account])
+    lock_grants_of(connection, [account])
+
+
+def lock_grants_of(connection: "Connection[Any]", accounts: Iterable[str]) -> None:
+    """As ``lock_grants``, of several accounts, in one order whoever asks."""
+    ordered = sorted(set(accounts))
+    connection.execute(
+        "INSERT INTO billing.balance_mark (account) SELECT unnest(%s::text[]) ON CONFLICT DO NOTHING", [ordered]
+    )
+    connection.execute(
+        "SELECT FROM billing.balance_mark WHERE account = ANY(%s) ORDER BY account FOR UPDATE", [ordered]
+    )
 
 
 _SELECT_ROLLING = """

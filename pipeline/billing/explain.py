@@ -5,6 +5,7 @@ Answers are plain data: quantities and amounts exact decimals, times aware, UTC.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -20,11 +21,11 @@ from pipeline.billing.close_entries import StoredLine, read_lines
 from pipeline.billing.intake import PlainReader
 from pipeline.billing.prices import LinePrice, NoPrice, Priced, Prices, read_catalog
 from pipeline.billing.rated import Malformed
-from pipeline.billing.rerate import Month, differences, is_line_of, price_period
+from pipeline.billing.rerate import Month, differences, is_line_of, periods_of, price_period
 from pipeline.core.catalog import Segment
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import Charge, Share, compile_amount, event_shares, tier_shares
-from pipeline.core.explanations import Wording, explain_parts, explain_span, explain_usage
+from pipeline.core.explanations import Wording, explain_parts, explain_share, explain_usage
 from pipeline.core.members import Member
 from pipeline.core.money import (
     AMOUNT_DECIMALS,
@@ -156,11 +157,15 @@ class _Finder:
         unrated: list[Explanation],
     ) -> Explanation:
         prices = Prices(self.connection)
+        corrections = [] if not rows else _corrections(self.connection, rows)
+        if arrival["state"] == "rated":
+            arrival = arrival | {"state": _STATE_OF[max(rows, key=lambda row: int(row["entry"]))["kind"]]}
         return {
             "kind": "event",
             "account": account,
             "idempotency_key": key,
             **arrival,
+            "corrections": corrections,
             "rows": [
                 {**_priced_row(row, prices), "origin": self._origin(row["origin_partition"], row["origin_offset"])}
                 for row in rows
@@ -306,6 +311,51 @@ def _quarantined(connection: "Connection[Any]", account: str, key: str) -> list[
     )
 
 
+#: What an event is by the kind of its last entry.
+_STATE_OF = {"usage": "rated", "void": "voided", "correction": "replaced"}
+
+
+def _corrections(connection: "Connection[Any]", rows: Sequence[Explanation]) -> list[Explanation]:
+    """What was decided about a rated event, by whom and why, and what it did: its rows, and what the event says since.
+
+    ``rows`` are all of the event. One on its way, or refused, has none.
+    """
+    decided = _rows(
+        connection,
+        """SELECT number, action, entry, reason_code, note, actor AS decided_by, decided_at, backfill, state
+        FROM billing.correction_state WHERE identity = %s ORDER BY number""",
+        [rows[0]["identity"]],
+    )
+    by_entry: defaultdict[int, list[Explanation]] = defaultdict(list)
+    for row in rows:
+        by_entry[row["entry"]].append(row)
+    told = []
+    for one in decided:
+        taken, added = by_entry.get(one["entry"], []), by_entry.get(one["entry"] + 1, [])
+        added = [row for row in added if row["kind"] == "correction"]
+        before, after = (_said(side[0]) if side else {} for side in (taken, added))
+        changed = {name: {"from": before.get(name), "to": to} for name, to in after.items() if before.get(name) != to}
+        done = [
+            {
+                "charge": row["charge"],
+                "cell": row["cell"],
+                "kind": row["kind"],
+                "entry": row["entry"],
+                "quantity": row["quantity"],
+                "amount": row["exact_amount"],
+                "currency": row["currency"],
+                "line": f"line:{row['line_id']}",
+            }
+            for row in (*taken, *added)
+        ]
+        told.append(one | {"changed": changed, "rows": done})
+    return told
+
+
+def _said(row: Explanation) -> dict[str, str]:
+    return {"event_type": row["event_type"], "subject": row["subject"], **row["properties"]}
+
+
 # -- arithmetic of an event
 
 
@@ -396,7 +446,7 @@ def _shares(charge: Charge, quantity: Quantity, cell: tuple[str, ...]) -> list[S
 def _wording(found: LinePrice, row: Explanation) -> Wording:
     """``row`` has a cell and a currency."""
     charge, segment = found.charge, found.segment
-    share = "" if segment is None else explain_span(segment.start_us, segment.end_us, segment.period)
+    share = "" if segment is None else explain_share(segment)
     unit = found.meter.unit if found.meter else "unit"
     cell = cell_values(row["cell"], len(charge.by)) if charge.by else ()
     return Wording(charge, unit, row["currency"], cell, share)
@@ -511,9 +561,9 @@ def _closing_parts(
         return []
     catalog = prices.catalog([line["account"]])
     closed = price_period(connection, catalog, line["account"], found.segment.period)
-    wanted = (found.segment.start_us, line["charge"], line["cell"])
+    wanted = (line["contract"], found.segment.start_us, line["charge"], line["cell"])
     for one in closed.lines:
-        if (one.segment.start_us, one.charge.id, one.cell) == wanted:
+        if (one.segment.contract.id, one.segment.start_us, one.charge.id, one.cell) == wanted:
             return [
                 part
                 for counter, closing in one.closings.items()
@@ -526,33 +576,40 @@ def _closing_parts(
 
 
 def _month(connection: "Connection[Any]", account: str, month: Month) -> Explanation | None:
-    """The account's month at its closing prices, line by line, and what its lines hold so far."""
+    """The account's periods that end in the month at their closing prices, line by line, and what lines hold so far.
+
+    Where none does, those the month is in the midst of.
+    """
     catalog = read_catalog(connection, [account])
     if account not in catalog.accounts:
         return None
-    period = month.period_in(catalog.accounts[account].time_zone)
-    closed = price_period(connection, catalog, account, period)
-    stored = read_lines(connection, account, period)
-    missing = differences(closed, stored)
-    currencies = sorted({segment.plan.currency for segment in closed.segments} | {one.terms.currency for one in stored})
+    within = month.period_in(catalog.accounts[account].time_zone)
+    ending = periods_of(connection, catalog, account, month)
+    periods = ending or catalog.periods_at(account, within.end_us - 1) or (within,)
+    priced = [price_period(connection, catalog, account, period) for period in periods]
+    held = [read_lines(connection, account, period) for period in periods]
+    missing = [entry for pair in zip(priced, held, strict=True) for entry in differences(*pair)]
+    segments = [segment for closed in priced for segment in closed.segments]
+    lines = [line for closed in priced for line in closed.lines]
+    stored = [line for found in held for line in found]
+    currencies = sorted({segment.plan.currency for segment in segments} | {one.terms.currency for one in stored})
     return {
         "kind": "month",
         "account": account,
         "month": str(month),
-        "period_start": to_datetime(period.start_us),
-        "period_end": to_datetime(period.end_us),
-        "segments": [_segment(segment) for segment in closed.segments],
-        "lines": [_month_line(one, stored) for one in closed.lines if one.amount or one.events],
+        "period_start": to_datetime(min(period.start_us for period in periods)),
+        "period_end": to_datetime(max(period.end_us for period in periods)),
+        "segments": [_segment(segment) for segment in segments],
+        "lines": [_month_line(one, stored) for one in lines if one.amount or one.events],
         "refused": [
             {"event": f"{account}/{use.key}", "event_time": to_datetime(use.at_us), "problem": rejection.message}
+            for closed in priced
             for use, rejection in closed.refused
         ],
         "totals": [
             {
                 "currency": currency,
-                "amount": amount_decimal(
-                    sum(one.amount for one in closed.lines if one.segment.plan.currency == currency)
-                ),
+                "amount": amount_decimal(sum(one.amount for one in lines if one.segment.plan.currency == currency)),
                 "held": amount_decimal(sum(one.amount for one in stored if one.terms.currency == currency)),
                 "to_book": amount_decimal(sum(one.amount for one in missing if one.terms.currency == currency)),
             }
@@ -565,7 +622,7 @@ def _segment(segment: Segment) -> Explanation:
     return {
         "start": to_datetime(segment.start_us),
         "end": to_datetime(segment.end_us),
-        "share": explain_span(segment.start_us, segment.end_us, segment.period) or "the whole period",
+        "share": explain_share(segment) or "the whole period",
         "contract": segment.contract.id,
         "plan": segment.plan.id,
         "plan_name": segment.plan.name,

@@ -1,8 +1,12 @@
-"""Open invoices and their lines: found or created when their first usage arrives, ids remembered between batches."""
+"""Open invoices and their lines: found or created when their first usage arrives, ids remembered between batches.
 
-from collections.abc import Collection, Iterable
+An invoice here is the container of an account's usage in a period and currency. Once it is closed nothing is added to
+it; usage that comes later goes to the next supplement, a further container of the same period.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from psycopg import Connection
 from psycopg.types.json import Jsonb
@@ -15,10 +19,18 @@ REFERENCE_VALUES_MAX = 20
 #: Lines remembered, about 1 KB each.
 _LINES_MAX = 200_000
 
-#: (account, currency, period start, period end): what there is one invoice of. Times in microseconds since 1970 UTC.
+#: (account, currency, period start, period end): what there is at most one open invoice of. Times in µs since 1970 UTC.
 InvoiceKey: TypeAlias = tuple[str, str, int, int]
 #: (account, terms): what there is one line of.
 LineKey: TypeAlias = tuple[str, Terms]
+
+
+class PeriodsClosed(Exception):
+    """Lines were asked for whose period is closed: its last invoice is not open. Nothing was created."""
+
+    def __init__(self, keys: frozenset[LineKey]) -> None:
+        super().__init__(f"{len(keys)} lines of closed periods")
+        self.keys = keys
 
 
 @dataclass(slots=True)
@@ -43,27 +55,36 @@ class Lines:
     def forget(self) -> None:
         self._lines.clear()
 
-    def lock(self, connection: "Connection[Any]", keys: Collection[LineKey]) -> dict[LineKey, Line]:
-        """The lines of all keys whose invoice is open, their invoices locked until the transaction ends.
+    def lock(
+        self, connection: "Connection[Any]", keys: Collection[LineKey], *, late: Collection[LineKey] = ()
+    ) -> dict[LineKey, Line]:
+        """The lines of all keys, their invoices locked until the transaction ends. What is missing is created.
 
-        What is missing is created. A key left out belongs to an invoice that is no longer open.
+        Of the keys ``late`` a closed period is known to be closed: its next supplement is opened for them. Raises
+        PeriodsClosed for other keys of closed periods; its locks are then held in vain, so begin the transaction anew:
+        invoices are locked in the order of their ids, and a supplement's may be one that comes before them.
         """
         if len(self._lines) > _LINES_MAX:
             self._lines.clear()
         missing = [key for key in keys if key not in self._lines]
         invoice_of = {key: self._lines[key].invoice_id for key in keys if key in self._lines}
         if missing:
-            invoices = _create_invoices(connection, {_invoice_key(key) for key in missing})
+            wanted = {_invoice_key(key) for key in missing}
+            invoices = _find_invoices(connection, wanted, {_invoice_key(key) for key in late})
             invoice_of |= {key: invoices[_invoice_key(key)] for key in missing}
         still_open = _lock_invoices(connection, set(invoice_of.values()))
-        # Ordered, so that the same usage gives the same ids.
-        create = sorted((key for key in missing if invoice_of[key] in still_open), key=_line_order)
-        if create:
-            ids = _create_lines(connection, [(invoice_of[key], key[1]) for key in create])
-            _set_price_classes(connection, zip(ids, create, strict=True))
-            for key, line_id in zip(create, ids, strict=True):
+        closed = frozenset(key for key in keys if invoice_of[key] not in still_open)
+        if closed:
+            for key in closed:
+                self._lines.pop(key, None)
+            raise PeriodsClosed(closed)
+        if missing:
+            missing.sort(key=_line_order)  # so that the same usage gives the same ids
+            ids = _create_lines(connection, [(invoice_of[key], key[1]) for key in missing])
+            _set_price_classes(connection, zip(ids, missing, strict=True))
+            for key, line_id in zip(missing, ids, strict=True):
                 self._lines[key] = Line(line_id, invoice_of[key], self._references_of(connection, key[1]))
-        return {key: self._lines[key] for key in keys if invoice_of[key] in still_open}
+        return {key: self._lines[key] for key in keys}
 
     def _references_of(self, connection: "Connection[Any]", terms: Terms) -> tuple[str, ...]:
         key = (terms.plan, terms.plan_version, terms.charge)
@@ -99,29 +120,65 @@ def _line_order(key: LineKey) -> tuple[str, str, int, str, str, int, int, str]:
 
 # Sorted, so that two sinks that create the same invoices wait for each other in one order.
 _CREATE_INVOICES = """
-INSERT INTO billing.invoice (account, currency, period_start, period_end)
-SELECT * FROM unnest(%s::text[], %s::text[], %s::timestamptz[], %s::timestamptz[])
+INSERT INTO billing.invoice (account, currency, period_start, period_end, supplement)
+SELECT * FROM unnest(%s::text[], %s::text[], %s::timestamptz[], %s::timestamptz[], %s::integer[])
 ON CONFLICT DO NOTHING
 """
+# Usage belongs on the last: those before it are closed.
 _SELECT_INVOICES = """
-SELECT wanted.at, invoice.id
+SELECT DISTINCT ON (wanted.at) wanted.at, invoice.id, invoice.supplement, invoice.state = 'open'
 FROM unnest(%s::text[], %s::text[], %s::timestamptz[], %s::timestamptz[])
     WITH ORDINALITY AS wanted (account, currency, period_start, period_end, at)
 JOIN billing.invoice USING (account, currency, period_start, period_end)
+ORDER BY wanted.at, invoice.supplement DESC
 """
 
 
-def _create_invoices(connection: "Connection[Any]", keys: set[InvoiceKey]) -> dict[InvoiceKey, int]:
+def open_invoices(connection: "Connection[Any]", keys: Collection[InvoiceKey]) -> None:
+    """Create the invoice of each period that has none yet; its usage then goes there.
+
+    For before any lock is taken, as everybody does: who waits for another's insert must hold nothing the other wants.
+    """
+    ordered = sorted(set(keys))
+    _create_invoices(connection, ordered, [0] * len(ordered))
+
+
+def _find_invoices(
+    connection: "Connection[Any]", keys: set[InvoiceKey], late: Collection[InvoiceKey]
+) -> dict[InvoiceKey, int]:
+    """The last invoice of each period, created where there is none; of ``late``, one that was open when it was read."""
     ordered = sorted(keys)
-    columns = [
-        [key[0] for key in ordered],
-        [key[1] for key in ordered],
-        [to_datetime(key[2]) for key in ordered],
-        [to_datetime(key[3]) for key in ordered],
-    ]
-    connection.execute(_CREATE_INVOICES, columns)
+    _create_invoices(connection, ordered, [0] * len(ordered))
     # A statement of its own: it sees invoices that another sink committed while the one before waited for it.
-    return {ordered[at - 1]: invoice_id for at, invoice_id in connection.execute(_SELECT_INVOICES, columns)}
+    found = _last_invoices(connection, ordered)
+    closed = [key for key in ordered if key in late and not found[key].is_open]
+    if closed:
+        _create_invoices(connection, closed, [found[key].supplement + 1 for key in closed])
+        found |= _last_invoices(connection, closed)
+    return {key: invoice.id for key, invoice in found.items()}
+
+
+class _Invoice(NamedTuple):
+    id: int
+    supplement: int
+    is_open: bool
+
+
+def _create_invoices(connection: "Connection[Any]", keys: Sequence[InvoiceKey], supplements: Sequence[int]) -> None:
+    connection.execute(_CREATE_INVOICES, [*_columns(keys), supplements])
+
+
+def _last_invoices(connection: "Connection[Any]", keys: Sequence[InvoiceKey]) -> dict[InvoiceKey, _Invoice]:
+    return {keys[at - 1]: _Invoice(*rest) for at, *rest in connection.execute(_SELECT_INVOICES, _columns(keys))}
+
+
+def _columns(keys: Sequence[InvoiceKey]) -> list[list[Any]]:
+    return [
+        [key[0] for key in keys],
+        [key[1] for key in keys],
+        [to_datetime(key[2]) for key in keys],
+        [to_datetime(key[3]) for key in keys],
+    ]
 
 
 # The close takes the same locks in the same order before it moves an invoice on.

@@ -57,15 +57,21 @@ class LinePrice:
 # Prices are few and shared; of accounts and contracts there may be millions. An account's contracts are those that any
 # version of gave it, so that one handed on to another account is read whole.
 _SELECT_PRICES = """
-SELECT kind, id, version, valid_from, document FROM billing.catalog_version WHERE kind NOT IN ('account', 'contract')
+SELECT kind, id, version, valid_from, document FROM billing.catalog_version AS version
+WHERE kind NOT IN ('account', 'contract')
 """
 _SELECT_ACCOUNTS = """
-SELECT kind, id, version, valid_from, document FROM billing.catalog_version
-WHERE (kind = 'account' AND id = ANY(%(accounts)s))
+SELECT kind, id, version, valid_from, document FROM billing.catalog_version AS version
+WHERE ((kind = 'account' AND id = ANY(%(accounts)s))
     OR (kind = 'contract' AND id IN (
         SELECT id FROM billing.catalog_version WHERE kind = 'contract' AND document ->> 'account' = ANY(%(accounts)s)
-    ))
+    )))
 """
+# The outbox's order is that of publications; what it says nothing of is older.
+_UNTIL = """ AND NOT EXISTS (
+    SELECT FROM billing.outbox AS later WHERE later.seq > %(until)s
+        AND (later.kind, later.id, later.version) = (version.kind, version.id, version.version)
+)"""
 
 
 def read_catalog(connection: "Connection[Any]", accounts: Iterable[str]) -> Catalog:
@@ -76,15 +82,19 @@ def read_catalog(connection: "Connection[Any]", accounts: Iterable[str]) -> Cata
     return with_accounts(connection, Catalog.empty().extend(read_prices(connection), 0), accounts)
 
 
-def read_prices(connection: "Connection[Any]") -> list[Entry]:
-    """Every published version of every meter, plan and price list."""
-    return _entries(connection.execute(_SELECT_PRICES).fetchall())
+def read_prices(connection: "Connection[Any]", *, until: int | None = None) -> list[Entry]:
+    """Every version of every meter, plan and price list; published up to this number of the outbox, or all."""
+    statement = _SELECT_PRICES if until is None else _SELECT_PRICES + _UNTIL
+    return _entries(connection.execute(statement, {"until": until}).fetchall())
 
 
-def with_accounts(connection: "Connection[Any]", catalog: Catalog, accounts: Iterable[str]) -> Catalog:
-    """The catalog with these accounts and their contracts too. Raises ValueError as ``read_catalog``."""
-    wanted = sorted(accounts)
-    return catalog.extend(_entries(connection.execute(_SELECT_ACCOUNTS, {"accounts": wanted}).fetchall()), 0)
+def with_accounts(
+    connection: "Connection[Any]", catalog: Catalog, accounts: Iterable[str], *, until: int | None = None
+) -> Catalog:
+    """The catalog with these accounts and their contracts too, ``until`` as above. Raises as ``read_catalog``."""
+    statement = _SELECT_ACCOUNTS if until is None else _SELECT_ACCOUNTS + _UNTIL
+    rows = connection.execute(statement, {"accounts": sorted(accounts), "until": until}).fetchall()
+    return catalog.extend(_entries(rows), 0)
 
 
 def _entries(rows: Sequence[tuple[Any, ...]]) -> list[Entry]:
@@ -137,7 +147,7 @@ class Prices:
     def _segment(self, line: Priced) -> Segment | None:
         """Today's segment, if it is still the one the line was priced in."""
         try:
-            found = self.catalog([line.account]).segment(line.account, line.segment_start_us)
+            found = self.catalog([line.account]).segment(line.account, line.segment_start_us, line.contract)
         except ValueError as error:
             raise NoPrice(str(error)) from error
         if not isinstance(found, Segment):

@@ -11,11 +11,13 @@ Arrivals are counted up to where the receipts reach. What stands beyond was not 
 written yet is not billed: that is lag and no difference.
 """
 
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psycopg
 from psycopg import Connection
@@ -29,7 +31,7 @@ from pipeline.core.cells import cell_values
 from pipeline.core.charges import compile_price
 from pipeline.core.gaps import Cause, Gap, because, when
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, amount_decimal, plain, scaled
-from pipeline.core.periods import Period, format_instant, to_micros
+from pipeline.core.periods import Period, format_instant, to_datetime, to_micros
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
@@ -40,6 +42,10 @@ _NAMED_MAX = 5
 COUNTED_MAX = 1_000_000
 #: Sums of amounts have more digits than the default context keeps.
 _EXACT = Context(prec=200, traps=[Inexact, InvalidOperation])
+#: Names of the checks that look at all times; the gate of a close looks at a month itself.
+QUARANTINED = "messages quarantined = none"
+SEQUENCES = "sequence numbers sent = arrived"
+CONTROL_TOTALS = "events by control totals = arrived"
 #: Time between two looks while waiting for lag to go, seconds.
 _LOOK_EVERY_S = 0.5
 #: Counters fetched from the server at a time.
@@ -70,11 +76,31 @@ class Lag:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimated:
+    """A period that was re-rated and has moved on since: its lines are estimates until the close, or the next time.
+
+    No difference: rows and entries are all on their lines. But prices were moved between lines, where the rater cannot
+    follow: later usage is counted from where the rows stand, and a void takes an event from the line it was rated on.
+    """
+
+    account: str
+    #: The month to re-rate, YYYY-MM.
+    month: str
+    #: Lines that do not stand at their closing price.
+    lines: int
+
+    @property
+    def command(self) -> str:
+        return f"tally rerate --period {self.month} --account {shlex.quote(self.account)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """All checks, and how far the stages are behind."""
+    """All checks, how far the stages are behind, and what waits for the close to price it."""
 
     checks: tuple[Check, ...]
     lags: tuple[Lag, ...]
+    estimated: tuple[Estimated, ...] = ()
 
     @property
     def reconciled(self) -> bool:
@@ -102,7 +128,8 @@ def reconcile(settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0) 
             found = _logs(settings, connection)
             lags = _lags(Topics(settings.topic_prefix), found)
             if not any(lag.offsets for lag in lags) or time.monotonic() >= until:
-                return Reconciliation(tuple(_checks(settings, connection, found, grace_s)), lags)
+                checks = tuple(_checks(settings, connection, found, grace_s))
+                return Reconciliation(checks, lags, tuple(_estimated(connection)))
         time.sleep(_LOOK_EVERY_S)
 
 
@@ -308,7 +335,7 @@ def _quarantined(connection: "Connection[Any]") -> Check:
         places = [place for (place,) in connection.execute(_QUARANTINED_AT)]
         counts = ", ".join(f"{reason} {messages:,}" for reason, messages in reasons.items())
         detail = f"{counts}: {_list(places, '', ', ', count)}"
-    return Check("messages quarantined = none", Decimal(count), Decimal(0), detail)
+    return Check(QUARANTINED, Decimal(count), Decimal(0), detail)
 
 
 # -- money
@@ -387,7 +414,7 @@ def _counters(connection: "Connection[Any]") -> Iterable[Check]:
 
     That is so for class running, unless a segment cut short has changed the price in between; the others have their
     price at the close. Whatever its class, a counter is priced by what holds at its time today, unless its period has
-    been re-rated since: see ``_re_rated``.
+    been re-rated since: see ``_estimated``.
     """
     prices = Prices(connection)
     priced, held = _Tally("counters = with the price of their quantity"), _Tally("counters = under today's prices")
@@ -407,7 +434,6 @@ def _counters(connection: "Connection[Any]") -> Iterable[Check]:
                     priced.count(row, _not_priced(connection, row, found))
     yield priced.check()
     yield held.check()
-    yield _re_rated(connection, prices)
 
 
 class _Tally:
@@ -476,22 +502,15 @@ SELECT account, period_start, period_end FROM billing.re_rated_period WHERE stat
 """
 
 
-def _re_rated(connection: "Connection[Any]", prices: Prices) -> Check:
-    """Where usage was moved between lines, each line stands at its closing price: nothing is left to book."""
-    wrong, places = 0, []
-    periods = connection.execute(_RE_RATED).fetchall()
-    for account, start, end in periods:
+def _estimated(connection: "Connection[Any]") -> Iterable[Estimated]:
+    """Open periods in which usage was moved between lines, and whose lines do not all stand at their closing prices."""
+    prices = Prices(connection)
+    for account, start, end in connection.execute(_RE_RATED).fetchall():
+        catalog = prices.catalog([account])
         period = Period(to_micros(start), to_micros(end))
-        if entries := missing_entries(connection, prices.catalog([account]), account, period):
-            wrong += 1
-            from_ = format_instant(period.start_us)
-            places.append(f"{account} from {from_} lacks {len(entries)} entries: `tally rerate`")
-    return Check(
-        "periods re-rated = at their closing prices",
-        Decimal(len(periods)),
-        Decimal(len(periods) - wrong),
-        _list(places, "all"),
-    )
+        if entries := missing_entries(connection, catalog, account, period):
+            last = to_datetime(period.end_us - 1).astimezone(ZoneInfo(catalog.accounts[account].time_zone))
+            yield Estimated(account, f"{last:%Y-%m}", len(entries))
 
 
 # Of two versions valid from the same time the newer counts, as in pipeline.core.catalog. The running quantity of a
@@ -512,7 +531,7 @@ CROSS JOIN LATERAL (VALUES
 LEFT JOIN valid ON (valid.kind, valid.id, valid.version) = (used.kind, used.id, used.version)
 WHERE line.first_event_at IS NOT NULL
     AND NOT EXISTS (
-        SELECT FROM billing.invoice JOIN billing.re_rated_period USING (account, period_start)
+        SELECT FROM billing.invoice JOIN billing.re_rated_period USING (account, period_start, period_end)
         WHERE invoice.id = line.invoice_id
     ) AND (
     valid.version IS NULL OR least(line.first_event_at, used.counted_from) < valid.valid_from
@@ -535,7 +554,7 @@ ORDER BY valid_from DESC, version DESC LIMIT 1
 def _versions(connection: "Connection[Any]") -> Check:
     """Each line's plan and meter version is the one valid, as published, at all its events' times (law 4).
 
-    But for periods that were re-rated since: ``_re_rated`` has these.
+    But for periods that were re-rated since: ``_estimated`` has these.
     """
     (lines,) = _one(connection, "SELECT count(*) FROM billing.invoice_line")
     wrong: set[int] = set()
@@ -593,7 +612,7 @@ def _sequences(connection: "Connection[Any]", grace_s: float, *, deleted: bool) 
     (accepted,) = _one(connection, _ACCEPTED)
     if accepted:
         detail += f"; {accepted:,} accepted as missing"
-    return Check("sequence numbers sent = arrived", Decimal(due), Decimal(due - missing), detail)
+    return Check(SEQUENCES, Decimal(due), Decimal(due - missing), detail)
 
 
 _TOTALS = """
@@ -613,7 +632,7 @@ def _control_totals(connection: "Connection[Any]", grace_s: float) -> Check:
     ]
     left = sum(missing for *_, missing in short)
     none = f"{hours:,} hours of producers, all there" if hours != 1 else "1 hour of a producer, all there"
-    return Check("events by control totals = arrived", Decimal(emitted), Decimal(emitted - left), _list(places, none))
+    return Check(CONTROL_TOTALS, Decimal(emitted), Decimal(emitted - left), _list(places, none))
 
 
 def _one(connection: "Connection[Any]", statement: str, parameters: Any = None) -> tuple[Any, ...]:

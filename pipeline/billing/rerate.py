@@ -9,7 +9,9 @@ entries together: doing it twice books nothing the second time.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Self, TypeAlias
 from zoneinfo import ZoneInfo
 
@@ -19,20 +21,20 @@ from psycopg import Connection
 from pipeline.billing.close_entries import (
     Cause,
     CloseEntry,
-    LineMoved,
     StoredLine,
     book,
     lock_period,
     read_lines,
+    rebased,
 )
 from pipeline.billing.members import read_earlier, read_uses
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.rated import Terms
 from pipeline.core.aggregation import is_additive
 from pipeline.core.catalog import Catalog, Segment
-from pipeline.core.money import Quantity
-from pipeline.core.periods import Period, format_instant, local_midnight, month_of
-from pipeline.core.rerating import ClosedLine, ClosedPeriod, carried_event_types, close_period
+from pipeline.core.money import Amount, Quantity
+from pipeline.core.periods import Period, format_instant, local_midnight, month_of, to_datetime, to_micros
+from pipeline.core.rerating import ClosedLine, ClosedPeriod, carried_event_types, close_period, first_moment
 from pipeline.infra.postgres import connect
 
 #: Accounts whose part of the catalog is read at a time.
@@ -41,7 +43,7 @@ _ACCOUNTS_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Month:
-    """A calendar month; an account's billing period is that month in its own time zone."""
+    """A calendar month. It has the billing periods whose last instant lies in it, in the account's own time zone."""
 
     year: int
     month: int
@@ -58,6 +60,7 @@ class Month:
         return f"{self.year:04}-{self.month:02}"
 
     def period_in(self, time_zone: str) -> Period:
+        """The month itself in a time zone: the billing period of contracts by calendar months."""
         zone = ZoneInfo(time_zone)
         return month_of(local_midnight(self.year, self.month, 1, zone), time_zone)
 
@@ -72,8 +75,32 @@ class Rerated:
     problem: str | None = None
 
 
-def preview(dsn: str, month: Month, *, account: str | None = None, charge: str | None = None) -> Iterator[Rerated]:
-    """What ``rerate`` would book: accounts with a difference or a problem, by id. Changes nothing.
+_SELECT_PERIODS = """
+SELECT DISTINCT period_start, period_end FROM billing.invoice
+WHERE account = %s AND period_end > %s AND period_end <= %s
+"""
+
+
+def periods_of(connection: "Connection[Any]", catalog: Catalog, account: str, month: Month) -> list[Period]:
+    """The account's billing periods that end in the month: of its contracts, and of its invoices; by their end.
+
+    An invoice may have a period that no contract has any more, since a back-dated one took over.
+    """
+    within = month.period_in(catalog.accounts[account].time_zone)
+    rows = connection.execute(_SELECT_PERIODS, [account, to_datetime(within.start_us), to_datetime(within.end_us)])
+    found = {Period(to_micros(start), to_micros(end)) for start, end in rows}
+    return sorted(found.union(catalog.periods_ending(account, within)), key=lambda one: (one.end_us, one.start_us))
+
+
+def preview(
+    dsn: str,
+    month: Month,
+    *,
+    account: str | None = None,
+    charge: str | None = None,
+    begun_by: datetime | None = None,
+) -> Iterator[Rerated]:
+    """What ``rerate`` would book: periods with a difference or a problem, by account. Changes nothing.
 
     Raises LookupError for an account or a charge nobody ever published, psycopg.OperationalError when the database does
     not answer.
@@ -82,9 +109,10 @@ def preview(dsn: str, month: Month, *, account: str | None = None, charge: str |
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         for catalog, one in _accounts(connection, account, charge):
-            found = _rerate(connection, catalog, one, month, charge)
-            if found.entries or found.problem:
-                yield found
+            for period in _begun(periods_of(connection, catalog, one, month), begun_by):
+                found, _ = _rerate(connection, catalog, one, period, charge)
+                if found.entries or found.problem:
+                    yield found
 
 
 def rerate(
@@ -95,37 +123,65 @@ def rerate(
     charge: str | None = None,
     actor: str,
     note: str,
+    begun_by: datetime | None = None,
 ) -> Iterator[Rerated]:
-    """Book what lines lack: account by account, each in a transaction of its own that holds its open invoices.
+    """Book what lines lack: period by period, each booked in a transaction of its own.
 
-    Yields accounts with entries, which are booked then, or with a problem. Stopped in between, a second run goes on.
-    Raises psycopg.OperationalError when the database does not answer.
+    Yields periods with entries, which are booked then, or with a problem. Stopped in between, a second run goes on.
+    ``begun_by``: pass over periods that begin later. Raises psycopg.OperationalError when the database does not answer.
     """
     with connect(dsn, application="rerate", autocommit=True) as connection:
         for catalog, one in _accounts(connection, account, charge):
-            found = _book(connection, catalog, one, month, charge, actor, note)
-            if found.entries or found.problem:
-                yield found
+            for period in _begun(periods_of(connection, catalog, one, month), begun_by):
+                found = _book(connection, catalog, one, period, charge, actor, note)
+                if found.entries or found.problem:
+                    yield found
+
+
+def _begun(periods: Iterable[Period], by: datetime | None) -> list[Period]:
+    return [period for period in periods if by is None or period.start_us <= to_micros(by)]
 
 
 def _book(
     connection: "Connection[Any]",
     catalog: Catalog,
     account: str,
-    month: Month,
+    period: Period,
     charge: str | None,
     actor: str,
     note: str,
 ) -> Rerated:
+    """Price, then book, the account's invoices locked for the booking alone: usage goes on while its events are read.
+
+    1. Price the period and read its lines as of one moment.
+    2. Lock its invoices. Did something else book on them since, or close them? Then begin anew.
+    3. Book what the lines lacked at that moment; rows that came since stay beside it.
+    """
     while True:
-        try:
-            with connection.transaction():
-                found = _rerate(connection, catalog, account, month, charge, lock=True)
-                if found.entries:
-                    book(connection, account, found.entries, actor=actor, note=note)
-                return found
-        except LineMoved:  # its first usage has just come: now there is an invoice to hold
-            continue
+        # Step 1.
+        with _one_moment(connection):
+            found, held = _rerate(connection, catalog, account, period, charge)
+        if not found.entries:
+            return found
+        with connection.transaction():
+            # Step 2.
+            lock_period(connection, account, period, currencies={entry.terms.currency for entry in found.entries})
+            entries = rebased(found.entries, held, read_lines(connection, account, period))
+            if entries is not None:
+                # Step 3.
+                book(connection, account, entries, actor=actor, note=note)
+                return replace(found, entries=tuple(entries))
+
+
+@contextmanager
+def _one_moment(connection: "Connection[Any]") -> Iterator[None]:
+    """A transaction whose statements all see the database as of its first one. Locks nothing."""
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    try:
+        with connection.transaction():
+            yield
+    finally:
+        connection.isolation_level = None
 
 
 _SELECT_ACCOUNTS = """
@@ -157,25 +213,21 @@ def _rerate(
     connection: "Connection[Any]",
     catalog: Catalog,
     account: str,
-    month: Month,
+    period: Period,
     charge: str | None,
-    *,
-    lock: bool = False,
-) -> Rerated:
-    period = month.period_in(catalog.accounts[account].time_zone)
-    if lock:
-        lock_period(connection, account, period)
+) -> tuple[Rerated, list[StoredLine]]:
+    """What the period's lines lack, and how they stand. For a transaction that sees one moment."""
     stored = read_lines(connection, account, period)
     try:
         closed = price_period(connection, catalog, account, period)
     except ValueError as error:  # a charge that cannot be priced: this account's trouble, not that of the others
-        return Rerated(account, period, (), str(error))
+        return Rerated(account, period, (), str(error)), stored
     if closed.refused:
-        return Rerated(account, period, (), _unpriced(closed))
+        return Rerated(account, period, (), _unpriced(closed)), stored
     entries = tuple(one for one in differences(closed, stored) if charge in (None, one.terms.charge))
     if entries and any(line.invoice_state != "open" for line in stored):
-        return Rerated(account, period, (), f"{len(entries)} lines differ, but {_CLOSED}")
-    return Rerated(account, period, entries)
+        return Rerated(account, period, (), f"{len(entries)} lines differ, but {_CLOSED}"), stored
+    return Rerated(account, period, entries), stored
 
 
 _CLOSED = "the period is closed: what changes it now is an adjustment on the next invoice"
@@ -189,8 +241,10 @@ def missing_entries(connection: "Connection[Any]", catalog: Catalog, account: st
 def price_period(connection: "Connection[Any]", catalog: Catalog, account: str, period: Period) -> ClosedPeriod:
     """An account's period at its closing prices, from its stored events. Raises ValueError as ``close_period``."""
     types = carried_event_types(catalog, account, period)
-    earlier = read_earlier(connection, account, period, types) if types else ()
-    return close_period(catalog, account, period, read_uses(connection, account, period), earlier)
+    names = catalog.properties_read(catalog.segments(account, period.start_us, period.end_us))
+    since = first_moment(catalog, account, period)
+    earlier = read_earlier(connection, account, since, types, names) if types else ()
+    return close_period(catalog, account, period, read_uses(connection, account, period, names), earlier)
 
 
 def _unpriced(closed: ClosedPeriod) -> str:
@@ -209,7 +263,11 @@ _Group: TypeAlias = tuple[str, str, int, str, str, str, int, str, str]
 
 
 def differences(closed: ClosedPeriod, stored: Sequence[StoredLine]) -> list[CloseEntry]:
-    """The entries that bring the stored lines to their closing prices, those of new lines included. Pure."""
+    """The entries that bring the stored lines to their closing prices, those of new lines included. Pure.
+
+    Of a period whose usage partly stands in a closed invoice, the lines of that one are fixed: what the period lacks as
+    a whole is booked on the open supplement's.
+    """
     groups: defaultdict[_Group, list[StoredLine]] = defaultdict(list)
     for line in stored:
         groups[_group(line.terms)].append(line)
@@ -218,10 +276,12 @@ def differences(closed: ClosedPeriod, stored: Sequence[StoredLine]) -> list[Clos
         entries += _to_closing(closed_line, groups.pop(_group(_terms(closed_line, 0)), []))
     holding = {_segment(segment) for segment in closed.segments}
     for left in groups.values():
-        for line in left:
+        for lines in _by_version(left).values():
             # Its counter is no more: prices now begin elsewhere, or nothing is left of what it counted.
-            reason = Cause.VOIDED if _segment_of(line.terms) in holding else Cause.BACK_DATED
-            entries += _entry(line.id, line.terms, [reason], (line.quantity, 0), (line.amount, 0))
+            terms = lines[-1].terms
+            reason = Cause.VOIDED if _segment_of(terms) in holding else Cause.BACK_DATED
+            quantity, amount = sum(line.quantity for line in lines), sum(line.amount for line in lines)
+            entries += _entry(_open_one(lines), terms, [reason], -quantity, -amount)
     return entries
 
 
@@ -230,28 +290,40 @@ def is_line_of(stored: StoredLine, closed: ClosedLine) -> bool:
     return _group(stored.terms) == _group(_terms(closed, 0))
 
 
-def _to_closing(closed: ClosedLine, stored: Iterable[StoredLine]) -> list[CloseEntry]:
+def _to_closing(closed: ClosedLine, stored: Sequence[StoredLine]) -> list[CloseEntry]:
     """Quantities version by version; the difference in money is the whole counter's and stands on its last line.
 
     Which of a counter's lines an event's money is on depends on the order of arrival. Only their sum is a price.
     """
-    by_version = {line.terms.meter_version: line for line in stored}
+    by_version = _by_version(stored)
     versions = sorted(by_version.keys() | closed.quantities.keys())
-    missing = closed.amount - sum(line.amount for line in by_version.values())
+    missing = closed.amount - sum(line.amount for line in stored)
     entries: list[CloseEntry] = []
     for version in versions:
-        line = by_version.get(version)
-        quantity, amount = (line.quantity, line.amount) if line else (0, 0)
-        quantities = quantity, closed.quantities.get(version, 0)
-        amounts = amount, amount + (missing if version == versions[-1] else 0)
-        terms = line.terms if line else _terms(closed, version)
-        reasons = _reasons(closed, line, quantities[1])
-        entries += _entry(line.id if line else None, terms, reasons, quantities, amounts)
+        lines = by_version.get(version, [])
+        wanted = closed.quantities.get(version, 0)
+        terms = lines[-1].terms if lines else _terms(closed, version)
+        quantity = wanted - sum(line.quantity for line in lines)
+        reasons = _reasons(closed, lines, quantity)
+        entries += _entry(_open_one(lines), terms, reasons, quantity, missing if version == versions[-1] else 0)
     return entries
 
 
-def _reasons(closed: ClosedLine, line: StoredLine | None, quantity: Quantity) -> list[Cause]:
-    """Why a line does not hold what it should, which is ``quantity`` and its part of the closing price."""
+def _by_version(lines: Iterable[StoredLine]) -> dict[int, list[StoredLine]]:
+    """Lines by the version of their meter; of each, those of closed invoices and at most one that is open."""
+    found: dict[int, list[StoredLine]] = {}
+    for line in sorted(lines, key=lambda line: (line.terms.meter_version, line.id)):
+        found.setdefault(line.terms.meter_version, []).append(line)
+    return found
+
+
+def _open_one(lines: Sequence[StoredLine]) -> StoredLine | None:
+    """The line that can be booked on; None: it has to be made."""
+    return next((line for line in reversed(lines) if line.invoice_state == "open"), None)
+
+
+def _reasons(closed: ClosedLine, lines: Sequence[StoredLine], missing: Quantity) -> list[Cause]:
+    """Why the lines of a version do not hold what they should; ``missing`` is what their quantity lacks."""
     if closed.meter is None:
         return [Cause.FEE]
     limited = [
@@ -259,8 +331,8 @@ def _reasons(closed: ClosedLine, line: StoredLine | None, quantity: Quantity) ->
     ]
     if not closed.events:
         return [*([Cause.PROVISIONAL] if closed.meter.carries_over else [Cause.NO_USAGE]), *limited]
-    moved = line is None or (is_additive(closed.meter) and line.quantity != quantity)
-    if moved or (line is not None and line.back_dated):
+    moved = not lines or (is_additive(closed.meter) and missing != 0)
+    if moved or any(line.back_dated for line in lines):
         return [Cause.BACK_DATED, *limited]
     if closed.price_class == "period":
         return [Cause.PROVISIONAL, *limited]
@@ -270,12 +342,14 @@ def _reasons(closed: ClosedLine, line: StoredLine | None, quantity: Quantity) ->
 
 
 def _entry(
-    line_id: int | None, terms: Terms, reasons: list[Cause], quantities: tuple[int, int], amounts: tuple[int, int]
+    line: StoredLine | None, terms: Terms, reasons: list[Cause], quantity: Quantity, amount: Amount
 ) -> list[CloseEntry]:
-    """The entry, or none where nothing differs."""
-    if quantities[0] == quantities[1] and amounts[0] == amounts[1]:
+    """The entry that adds so much to a line, which may have to be made; or none where nothing is to be added."""
+    if quantity == 0 and amount == 0:
         return []
-    return [CloseEntry(line_id, terms, tuple(reasons), *quantities, *amounts)]
+    held = (line.quantity, line.amount) if line else (0, 0)
+    moves = held[0], held[0] + quantity, held[1], held[1] + amount
+    return [CloseEntry(line.id if line else None, terms, tuple(reasons), *moves)]
 
 
 def _terms(line: ClosedLine, meter_version: int) -> Terms:

@@ -12,6 +12,7 @@ from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.output import EXIT_NOT_FOUND, emit_json, err, fail, out
 from pipeline.cli.publishing import WAIT_S, Wait, publish_and_show
 from pipeline.core.contracts import Account, Contract
+from pipeline.core.cycles import in_words
 from pipeline.core.periods import format_instant
 from pipeline.infra.postgres import connect
 
@@ -91,12 +92,13 @@ def show(
         shown = _account_json(item, contracts)
         emit_json({**shown, "children": children, "versions": [_version_json(version) for version in history]})
         return
-    out.print(f"[bold]{item.id}[/]: {item.name}, billed by months of {item.time_zone}", highlight=False)
+    out.print(f"[bold]{item.id}[/]: {item.name}, in the time zone {item.time_zone}", highlight=False)
     for what, names in (
         ("customer segment", [item.customer_segment] if item.customer_segment else []),
         ("also known as", item.aliases),
         ("belongs to", [item.parent] if item.parent else []),
         ("has below it", children),
+        ("billed by", [f"{in_words(contract.cycle)} ({contract.id})" for contract in contracts]),
     ):
         if names:
             out.print(f"{what}: {', '.join(names)}", highlight=False)
@@ -148,6 +150,7 @@ def _account_json(account: Account, contracts: list[Contract]) -> dict[str, Any]
                 "start": format_instant(contract.start_us),
                 "end": None if contract.end_us is None else format_instant(contract.end_us),
                 "legal_entity": contract.legal_entity,
+                "cycle": {"every": contract.cycle.every, "day": contract.cycle.day, "month": contract.cycle.month},
                 "phases": [
                     {
                         "start": format_instant(phase.start_us),

@@ -1,8 +1,8 @@
-"""`tally demo`: the whole way on real usage, on services and data of its own, from nothing to reconciled invoice lines.
+"""`tally demo`: the whole way on real usage, on services and data of its own, from nothing to issued invoices.
 
 The usage is real (``deploy/demo/CREDITS.md``); customers and prices are invented. On purpose it also sends every 50th
 event twice, an event of an account nobody knows, one whose quantity is no number, and bytes that are no event at all,
-and shows what became of each.
+and shows what became of each. Then finance closes the month (``demo_close``).
 """
 
 import shutil
@@ -26,6 +26,7 @@ from rich.table import Table
 from pipeline.billing.reconcile import Reconciliation, reconcile
 from pipeline.catalog.files import read_account_files, read_price_files
 from pipeline.catalog.publish import publish
+from pipeline.cli import demo_close
 from pipeline.cli import reconcile as reconciling
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.output import EXIT_FINDINGS, CommandError, emit_json, err, out
@@ -48,6 +49,8 @@ EVENT_TYPE = "llm.request"
 #: Says that a directory is a demo's, to be deleted by the next one.
 _MARK = "tally-demo"
 _USAGE_FILE = "llm_requests_code.csv"
+#: What is used too late.
+_LATE = {"input_tokens": "250000", "output_tokens": "40000"}
 #: Everything has to be billed by then; a cold, slow machine takes a tenth of it. Seconds.
 _PATIENCE = 180.0
 #: The last rows may be this long behind the last receipt. Seconds.
@@ -72,7 +75,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave services and workers up afterwards.")] = False,
     json: Json = False,
 ) -> None:
-    """See everything at work on real usage: events in, invoice lines out, every cent reconciled."""
+    """See everything at work on real usage: events in, invoices out, every cent reconciled."""
     started = time.monotonic()
     directory = data_dir or settings_for().data_dir / "demo"
     _start_fresh(directory)
@@ -122,10 +125,15 @@ def _run(settings: Settings, started: float) -> "Report":
         connection.autocommit = True
         _await(connection, "SELECT count(*) FROM billing.outbox WHERE relayed_at IS NULL", 0, "the relay", log_dir)
         with WorkerGroup(others, log_dir, worker_env(settings)):
-            received, specials = _send(settings)
+            received, specials, last = _send(settings)
             _watch(connection, received, log_dir, others)
-            result = reconcile(settings, wait_s=_SETTLED)
-            return _report(connection, result, received, specials, started)
+            usage = _report(connection, reconcile(settings, wait_s=_SETTLED), received, specials)
+            late = replace(last, account=demo_close.SHOWN, idempotency_key=demo_close.LATE_KEY, properties=_LATE)
+            closing = demo_close.close_and_adjust(
+                settings, late, received, lambda records: _watch(connection, records, log_dir, others)
+            )
+            after = reconcile(settings, wait_s=_SETTLED)
+            return Report(usage, closing, after, time.monotonic() - started)
 
 
 # -- usage
@@ -148,8 +156,8 @@ def _usage() -> Iterator[Usage]:
         yield replace(usage, account=account, timestamp=datetime.combine(day, usage.timestamp.timetz()))
 
 
-def _send(settings: Settings) -> tuple[int, list[Special]]:
-    """Send everything; return the number of records on ``usage.events`` and where the special ones are."""
+def _send(settings: Settings) -> tuple[int, list[Special], Usage]:
+    """Send everything: the number of records on ``usage.events``, where the special ones are, and the last usage."""
     last: Usage | None = None
     with UsageProducer.from_settings(settings, source="demo-gateway") as producer, _progress("sending usage") as step:
         for number, usage in enumerate(_usage()):
@@ -164,7 +172,7 @@ def _send(settings: Settings) -> tuple[int, list[Special]]:
         sent = producer.stats.delivered
     assert last is not None
     specials = _send_specials(settings, last.timestamp)
-    return sent + len(specials), specials
+    return sent + len(specials), specials, last
 
 
 def _send_specials(settings: Settings, at: datetime) -> list[Special]:
@@ -176,7 +184,7 @@ def _send_specials(settings: Settings, at: datetime) -> list[Special]:
         "event_type": EVENT_TYPE,
         "timestamp": at,
         "subject": "",
-        "properties": {"input_tokens": "100", "output_tokens": "10"},
+        "properties": {"input_tokens": "120000", "output_tokens": "9000"},
         "source": "demo-special",
         "sequence": 0,
     }
@@ -245,8 +253,8 @@ _RECEIVED = "SELECT coalesce(sum(records), 0) FROM billing.receipt WHERE topic =
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What the demo ends with. Amounts are exact, in the currency's major unit."""
+class UsageReport:
+    """What became of the usage, before the close. Amounts are exact, in the currency's major unit."""
 
     received: int
     rated_events: int
@@ -258,11 +266,6 @@ class Report:
     specials: list[tuple[str, str]]
     reconciliation: Reconciliation
     rated_per_second: float
-    seconds: float
-
-    @property
-    def reconciled(self) -> bool:
-        return self.reconciliation.reconciled
 
     def accounts(self) -> dict[str, list[dict[str, Any]]]:
         by_account: dict[str, list[dict[str, Any]]] = {}
@@ -289,11 +292,9 @@ class Report:
                 }
                 for account, lines in self.accounts().items()
             ],
-            "reconciled": self.reconciled,
-            "seconds": round(self.seconds, 3),
         }
 
-    def show(self, directory: Path, *, kept: bool) -> None:
+    def show(self) -> None:
         table = Table("account", "charge", title="Open invoices, last month", title_justify="left")
         for name in ("events", "quantity", "exact amount", "rounded line"):
             table.add_column(name, justify="right")
@@ -325,30 +326,53 @@ class Report:
             f"received {self.received:,} = rated {self.rated_events:,} (rated rows {self.rated_rows:,}) "
             f"+ duplicates {self.duplicates} + parked {self.parked} + dead letters {sum(self.dead_letters.values())}"
         )
-        out.print(
-            f"{self.rated_per_second:,.0f} events/s from the first receipt to the last; {self.seconds:.1f} s in all"
-        )
+        out.print(f"{self.rated_per_second:,.0f} events/s from the first receipt to the last\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the demo ends with."""
+
+    usage: UsageReport
+    closing: demo_close.Report
+    #: After the close and the adjustment.
+    reconciliation: Reconciliation
+    seconds: float
+
+    @property
+    def reconciled(self) -> bool:
+        return self.usage.reconciliation.reconciled and self.reconciliation.reconciled
+
+    def as_json(self) -> dict[str, Any]:
+        rest = {"reconciled": self.reconciled, "seconds": round(self.seconds, 3)}
+        return self.usage.as_json() | {"close": self.closing.as_json()} | rest
+
+    def show(self, directory: Path, *, kept: bool) -> None:
+        self.usage.show()
+        self.closing.show()
+        reconciling.show(self.reconciliation)
+        out.print(f"{self.seconds:.1f} s in all")
         here = f" --data-dir {directory}"
         if kept:
             hint = (
                 f"Services and workers are up. Try:\n"
-                f"  tally status{here}\n  tally dlq list{here}\n  tally explain acct-03/code-3{here}\n"
+                f"  tally status{here}\n  tally invoices list{here}\n  tally explain acct-03/code-3{here}\n"
                 f"  tally reconcile{here}\nand stop with\n  tally down{here}"
             )
         else:
-            hint = "`tally demo --keep` leaves it up to look around: tally status, tally dlq list, tally explain …"
+            hint = "`tally demo --keep` leaves it up to look around: tally status, tally invoices list, tally explain …"
         err.print(hint, highlight=False, soft_wrap=True)
 
 
 def _report(
-    connection: "Connection[Any]", result: Reconciliation, received: int, specials: list[Special], started: float
-) -> Report:
+    connection: "Connection[Any]", result: Reconciliation, received: int, specials: list[Special]
+) -> UsageReport:
     with connection.cursor(row_factory=dict_row) as cursor:
         lines = cursor.execute(_LINES).fetchall()
         counts = cursor.execute(_COUNTS).fetchone() or {}
         dead = {row["reason"]: row["n"] for row in cursor.execute(_DEAD).fetchall()}
         became = [(special.what, _fate(cursor, special)) for special in specials]
-    return Report(
+    return UsageReport(
         received=received,
         rated_events=int(counts["rated"]),
         rated_rows=int(counts["rows"]),
@@ -359,7 +383,6 @@ def _report(
         specials=became,
         reconciliation=result,
         rated_per_second=float(counts["rated"]) / max(float(counts["seconds"]), 0.001),
-        seconds=time.monotonic() - started,
     )
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -23,6 +23,8 @@ from pipeline.core.periods import format_instant, to_micros
 _SHOWN_MAX = 50
 #: Where a month begins first.
 _FIRST_ZONE = "Pacific/Kiritimati"
+#: A period belongs to the month it ends in, and may have begun so long before.
+_LONGEST_PERIOD = timedelta(days=366)
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def rerate(
-    period: Annotated[str, typer.Option(metavar="YYYY-MM", help="The month; of each account in its own time zone.")],
+    period: Annotated[str, typer.Option(metavar="YYYY-MM", help="The month that the periods end in.")],
     account: Annotated[str | None, typer.Option(help="Only this account.")] = None,
     charge: Annotated[str | None, typer.Option(help="Only lines of this charge.")] = None,
     why: Annotated[str | None, typer.Option(help="The reason, kept with the entries.")] = None,
@@ -44,14 +46,14 @@ def rerate(
     What differs is booked as entries beside the rated rows, which stay as they are. Exit code 4 where an account has a
     problem that must be settled first; the others are booked.
     """
-    month = Month.parse(period)
-    if month.period_in(_FIRST_ZONE).start_us > to_micros(datetime.now(UTC)):
+    month, now = Month.parse(period), datetime.now(UTC)
+    if month.period_in(_FIRST_ZONE).start_us > to_micros(now + _LONGEST_PERIOD):
         fail(f"expected a month that has begun, got {period}: what it will hold is not known yet", EXIT_USAGE)
     if not dry_run and not (why or "").strip():
         fail("expected --why, a reason that is kept with the entries; or --dry-run", EXIT_USAGE)
     settings = settings_for(data_dir)
     try:
-        found = list(preview(settings.dsn, month, account=account, charge=charge))
+        found = list(preview(settings.dsn, month, account=account, charge=charge, begun_by=now))
     except LookupError as error:
         fail(str(error), EXIT_NOT_FOUND)
     entries = sum(len(one.entries) for one in found)
@@ -60,7 +62,7 @@ def rerate(
     if entries and not dry_run:
         _confirm(entries, yes=yes)
         actor, note = settings.actor, why or ""
-        found = list(book(settings.dsn, month, account=account, charge=charge, actor=actor, note=note))
+        found = list(book(settings.dsn, month, account=account, charge=charge, actor=actor, note=note, begun_by=now))
         booked = sum(len(one.entries) for one in found)
         err.print(f"Booked {booked:,} entries. `tally explain line:ID` shows them.", highlight=False)
     if as_json:

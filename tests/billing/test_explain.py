@@ -132,3 +132,28 @@ def test_a_month_adds_up(world: DatabaseWorld) -> None:
     assert sum(line["amount"] for line in month["lines"]) == total["amount"] == total["held"] + total["to_book"]
     assert told(world, "line:1")["kind"] == "line"
     assert explain(world.settings, "month:nobody/2026-10") is None
+
+
+def test_a_month_has_every_period_that_ends_in_it(world: DatabaseWorld) -> None:
+    """Else those it is in the midst of: Umbrella's only period is a quarter."""
+    help_ = "  - {id: help, name: Help, currency: USD, charges: [{id: help, model: flat, unit_price: 30}]}\n"
+    world.publish(PRICES + help_, "prices", None)
+    quarterly = "{id: NAME-2, plan: help, start: 2026-10-01, cycle: quarter}"
+    both = ACCOUNTS.replace(
+        "}]}]",
+        "}, " + quarterly.replace("NAME", "acme") + "]}, "
+        "{id: umbrella, name: Umbrella, contracts: [" + quarterly.replace("NAME", "umbrella") + "]}]",
+    )
+    world.publish(both, "accounts", None)
+    found = {name: told(world, f"month:{name}") for name in ("acme/2026-11", "acme/2026-12", "umbrella/2026-11")}
+    assert {name: [segment["contract"] for segment in one["segments"]] for name, one in found.items()} == {
+        "acme/2026-11": ["acme-1"],
+        "acme/2026-12": ["acme-2", "acme-1"],
+        "umbrella/2026-11": ["umbrella-2"],
+    }
+    december = found["acme/2026-12"]
+    assert (f"{december['period_start']:%Y-%m-%d}", f"{december['period_end']:%Y-%m-%d}") == (
+        "2026-10-01",
+        "2027-01-01",
+    )
+    assert december["totals"][0]["amount"] == 50, "the quarter's fee and December's minimum"

@@ -112,7 +112,6 @@ def test_a_world_that_adds_up(world: Settings) -> None:
         "USD of rows and entries = of lines": (Decimal("1.2"), Decimal("1.2"), "exact, unrounded"),
         "counters = with the price of their quantity": (2, 2, "all"),
         "counters = under today's prices": (2, 2, "all"),
-        "periods re-rated = at their closing prices": (0, 0, "all"),
         "lines = by the versions valid at their events": (2, 2, "all"),
         "sequence numbers sent = arrived": (7, 7, "1 source without holes"),
         "events by control totals = arrived": (0, 0, "0 hours of producers, all there"),
@@ -343,14 +342,22 @@ def write(settings: Settings, rows: list[Record]) -> None:
 
 def test_quarantined_rows_are_accounted_for_and_a_finding(world: Settings) -> None:
     write(world, [rated_record(key="k0", charge=charge, amount="0.1") for charge in ("input", "output")])
-    query(world, "UPDATE billing.invoice SET state = 'issued' RETURNING id")
-    write(world, [rated_record(key="late", amount="0.1")])
     result = reconcile(world)
     (check,) = differing(result)
-    assert (check.name, check.difference) == ("messages quarantined = none", 3)
-    assert check.detail.startswith(f"already_billed 2, period_closed 1: {world.topic_prefix}usage.rated/0/")
+    assert (check.name, check.difference) == ("messages quarantined = none", 2)
+    assert check.detail.startswith(f"already_billed 2: {world.topic_prefix}usage.rated/0/")
     (rows,) = (check for check in result.checks if check.name.startswith("rated rows"))
-    assert rows.detail == "billed 12 + quarantined 3"
+    assert rows.detail == "billed 12 + quarantined 2"
+
+
+def test_usage_after_the_close_adds_up_with_what_was_closed(world: Settings) -> None:
+    """A counter's price is that of its lines in the closed invoice and in its supplement together."""
+    query(world, "UPDATE billing.invoice SET state = 'issued' RETURNING id")
+    write(world, [rated_record(key="late", amount="0.1")])
+    assert query(world, "SELECT supplement, state::text FROM billing.invoice ORDER BY 1")[-1] == (1, "open")
+    assert differing(reconcile(world)) == []
+    query(world, "UPDATE billing.invoice_line SET amount = amount + 1 WHERE events = 1 RETURNING id")
+    assert any(check.name.startswith("counters = with the price") for check in differing(reconcile(world)))
 
 
 def test_a_second_receipt_is_a_finding(world: Settings) -> None:

@@ -1,18 +1,23 @@
 """Re-rating against PostgreSQL: what is booked, that it is booked once, and what is refused."""
 
 import threading
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
+from pipeline.billing import rerate as module
 from pipeline.billing.close_entries import LineMoved, PeriodClosed, book, lock_period
-from pipeline.billing.reconcile import reconcile
+from pipeline.billing.lines import open_invoices
+from pipeline.billing.reconcile import Estimated, reconcile
 from pipeline.billing.rerate import Month, Rerated, preview, rerate
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from tests.billing.running import query
+from tests.operations.world import eventually
 from tests.scenarios.database import DatabaseWorld
 
 OCTOBER = Month(2026, 10)
@@ -146,10 +151,93 @@ def test_no_row_comes_in_between(world: DatabaseWorld) -> None:
     assert query(world.settings, "SELECT count(*) FROM billing.rated_usage") == [(6,)]
 
 
+def while_pricing(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Once, between reading an account's events and locking its invoices."""
+    price, left = module.price_period, [happens]
+
+    def priced(*arguments: Any) -> Any:
+        closed = price(*arguments)
+        if left:
+            left.pop()()
+        return closed
+
+    monkeypatch.setattr(module, "price_period", priced)
+
+
+def test_usage_goes_on_while_a_month_is_priced(world: DatabaseWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is locked then. What came meanwhile stays beside what is booked, as if it had come a moment later."""
+    world.publish(DEARER, "prices", "2026-10-01T00:00:00Z")
+
+    def uses() -> None:
+        late = threading.Thread(target=world.use, args=(["2026-10-05T00:00:00Z acme/c call - n=1"], None))
+        late.start()
+        late.join(10)
+        assert not late.is_alive(), "the sink waits for the invoice"
+
+    while_pricing(monkeypatch, uses)
+    run(world.settings, account="acme")
+    lines = "SELECT charge, plan_version, quantity, exact_amount FROM finance.invoice_lines ORDER BY 1, 2"
+    assert query(world.settings, lines) == [
+        ("calls", 1, 0, 0),
+        ("calls", 2, 9, Decimal("1.8")),  # 8 moved here, 1 rated here
+        ("fee", 2, 1, 9),
+        ("peak", 1, 0, 0),
+        ("peak", 2, 5, 5),
+    ]
+    entry = "SELECT quantity_before, quantity_after FROM finance.close_entries WHERE charge = 'calls' ORDER BY entry_id"
+    assert query(world.settings, entry) == [(1, 9), (8, 0)]
+    assert found_by_reconcile(world.settings) == {}
+    assert run(world.settings, account="acme") == []
+
+
+def test_what_is_booked_meanwhile_is_not_booked_twice(world: DatabaseWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.publish(DEARER, "prices", "2026-10-01T00:00:00Z")
+    while_pricing(monkeypatch, lambda: [] if run(world.settings, account="acme") else None)
+    assert run(world.settings, account="acme") == []
+    assert len(booked(world.settings)) == 5
+
+
+def test_a_period_closed_meanwhile_is_left_alone(world: DatabaseWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = "UPDATE billing.invoice SET state = 'issued' WHERE account = 'acme' RETURNING 1"
+    while_pricing(monkeypatch, lambda: [] if query(world.settings, close) else None)
+    [acme] = run(world.settings, account="acme")
+    assert acme.problem is not None and "the period is closed" in acme.problem
+    assert booked(world.settings) == []
+
+
+def test_a_second_currency_deadlocks_with_no_sink(world: DatabaseWorld) -> None:
+    """A sink has made the period's invoice in a second currency, and now wants the first; a re-rate wants both."""
+    world.publish(PRICES.replace("id: api", "id: eur").replace("USD", "EUR"), "prices", None)
+    both = "{id: acme-1, plan: api, start: 2026-01-01, end: 2026-10-04}, {id: acme-2, plan: eur, start: 2026-10-04}"
+    world.publish(ACCOUNTS.replace("{id: acme-1, plan: api, start: 2026-01-01}", both), "accounts", None)
+    period = OCTOBER.period_in("UTC")
+    invoices = [("acme", currency, period.start_us, period.end_us) for currency in ("EUR", "USD")]
+    failed: list[psycopg.Error] = []
+
+    def rerates() -> None:
+        try:
+            run(world.settings, account="acme")
+        except psycopg.Error as error:
+            failed.append(error)
+
+    with connect(world.settings.dsn, application="sink") as sink:
+        open_invoices(sink, invoices)
+        other = threading.Thread(target=rerates)
+        other.start()
+        waiting = """SELECT count(*) FROM pg_stat_activity
+            WHERE application_name = 'tally-rerate' AND datname = current_database() AND wait_event_type = 'Lock'"""
+        eventually(lambda: query(world.settings, waiting), lambda found: found == [(1,)])
+        sink.execute("SELECT id FROM billing.invoice WHERE account = 'acme' ORDER BY id FOR NO KEY UPDATE")
+    other.join(20)
+    assert (other.is_alive(), failed) == (False, [])
+    calls = "SELECT currency, sum(exact_amount) FROM finance.invoice_lines WHERE charge = 'calls' GROUP BY 1 ORDER BY 1"
+    assert query(world.settings, calls) == [("EUR", Decimal("0.3")), ("USD", Decimal("0.5"))]
+
+
 # -- and reconcile
 
 DEARER = PRICES.replace("unit_price: 0.1", "unit_price: 0.2")
-TODAY, RERATED = "counters = under today's prices", "periods re-rated = at their closing prices"
+TODAY = "counters = under today's prices"
 
 
 def found_by_reconcile(settings: Settings) -> dict[str, str]:
@@ -172,11 +260,35 @@ def test_a_back_dated_price_is_found_until_it_is_booked(world: DatabaseWorld) ->
     run(world.settings)
     assert found_by_reconcile(world.settings) == {}
     world.use(["2026-10-06T00:00:00Z acme/c call - n=1"], None)  # a lower peak than the 3 moved here, which stays
-    assert found_by_reconcile(world.settings) == {
-        RERATED: "acme from 2026-10-01T00:00:00Z lacks 1 entries: `tally rerate`"
-    }
+    # Prices were moved between lines, where the rater cannot follow: an estimate until the close, and no difference.
+    result = reconcile(world.settings)
+    assert result.estimated == (Estimated("acme", "2026-10", 1),)
+    assert result.estimated[0].command == "tally rerate --period 2026-10 --account acme"
+    assert found_by_reconcile(world.settings) == {}
     run(world.settings)
     assert found_by_reconcile(world.settings) == {}
+    assert reconcile(world.settings).estimated == ()
+
+
+def test_what_is_voided_after_a_rerate_is_an_estimate_and_no_difference(world: DatabaseWorld) -> None:
+    """Its old line goes below zero, its new one keeps it: together they are wrong by the change of the price."""
+    world.publish(DEARER, "prices", "2026-10-01T00:00:00Z")
+    run(world.settings)
+    world.void("acme", "a")
+    held = "SELECT plan_version, exact_amount FROM finance.invoice_lines WHERE charge = 'calls' ORDER BY 1"
+    assert query(world.settings, held) == [(1, Decimal("-0.5")), (2, Decimal("1.6"))]
+    assert found_by_reconcile(world.settings) == {}
+    assert [(one.account, one.lines) for one in reconcile(world.settings).estimated] == [("acme", 4)]
+    run(world.settings)
+    assert query(world.settings, held) == [(1, 0), (2, Decimal("0.6"))]
+    assert reconcile(world.settings).estimated == ()
+
+
+def test_a_line_that_lacks_rows_in_a_re_rated_month_is_still_a_difference(world: DatabaseWorld) -> None:
+    world.publish(DEARER, "prices", "2026-10-01T00:00:00Z")
+    run(world.settings)
+    query(world.settings, "UPDATE billing.invoice_line SET amount = amount + 1 WHERE charge = 'calls' RETURNING 1")
+    assert "lines = with the sums of their rows and entries" in found_by_reconcile(world.settings)
 
 
 def test_each_subjects_counter_has_its_own_price(world: DatabaseWorld) -> None:

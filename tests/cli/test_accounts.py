@@ -42,6 +42,7 @@ def test_apply_list_and_show(tally: Tally) -> None:
                 "start": "2020-01-01T00:00:00Z",
                 "end": None,
                 "legal_entity": "",
+                "cycle": {"every": "month", "day": 1, "month": 1},
                 "phases": [
                     {
                         "start": "2020-01-01T00:00:00Z",
@@ -56,7 +57,8 @@ def test_apply_list_and_show(tally: Tally) -> None:
     assert "acct-11-main" in tally("accounts", "list").stdout
 
     shown = tally("accounts", "show", "acct-03").stdout
-    assert "billed by months of UTC" in shown
+    assert "acct-03: Demo customer 03, in the time zone UTC" in shown
+    assert "billed by: calendar months (acct-03-main)" in shown
     assert "open end" in shown
     assert [version["kind"] for version in tally.json("accounts", "show", "acct-03")["versions"]] == [
         "account",
@@ -68,7 +70,8 @@ def test_segment_family_and_phases(tally: Tally) -> None:
     tally("plans", "publish", demo_dir() / "all-prices.yaml", "--wait", 0)
     tally("accounts", "apply", demo_dir() / "all-accounts.yaml", "--wait", 0)
     shown = tally("accounts", "show", "crm-4711").stdout
-    assert "acme: Acme, billed by months of Europe/Berlin" in shown
+    assert "acme: Acme, in the time zone Europe/Berlin" in shown
+    assert "billed by: calendar months (acme-2026), quarters from 31 January (acme-support)" in shown
     assert "customer segment: education" in shown
     assert "belongs to: acme-group" in shown
     parent, child = tally.json("accounts", "show", "acme-group"), tally.json("accounts", "show", "acme")

@@ -13,7 +13,7 @@ from pipeline.billing.lines import Lines
 from pipeline.billing.months import ensure_months
 from pipeline.billing.rerate import Month, Rerated, preview, rerate
 from pipeline.catalog.files import AnyDraft
-from pipeline.core.periods import to_datetime
+from pipeline.core.periods import Period, to_datetime
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
@@ -65,8 +65,7 @@ class DatabaseWorld(World):
         assert [entry.amount for entry in booked] == [entry.amount for entry in expected]
         self.booked += [(account, entry) for entry in booked]
 
-    def lines(self, account: str, month: str) -> list[StoredLine]:
-        period = Month.parse(month).period_in(self.catalog.accounts[account].time_zone)
+    def lines_of(self, account: str, period: Period) -> list[StoredLine]:
         with connect(self.settings.dsn, application="story") as connection:
             return read_lines(connection, account, period)
 

@@ -37,9 +37,9 @@ from pipeline.core.corrections import Correction, HeldRow
 from pipeline.core.credits import GRANT_KINDS, PRIORITY_DEFAULT, Grant, Owed, draw, minor_step, spread
 from pipeline.core.documents import Entry, kind_of, to_document
 from pipeline.core.money import AMOUNT_DECIMALS, amount_decimal, plain, quantity_decimal, round_half_up_div, scaled
-from pipeline.core.periods import format_instant, parse_instant
-from pipeline.core.rerating import Use, carried_event_types, close_period
-from pipeline.infra.avro import CORRECTIONS
+from pipeline.core.periods import Period, format_instant, parse_instant
+from pipeline.core.rerating import Use, carried_event_types, close_period, first_moment
+from pipeline.infra.avro import CORRECTIONS, EVENTS
 from pipeline.infra.topics import partition_of
 from pipeline.rating.batch import Source, process
 from pipeline.rating.correct import CorrectionRecord
@@ -149,6 +149,15 @@ class World:
             self._process([record], Source.EVENTS, home)
 
     def void(self, account: str, key: str) -> None:
+        self._correct(account, key, None)
+
+    def replace(self, account: str, key: str, **properties: str) -> None:
+        """The event is rated anew with these properties, as ``tally usage replace`` does."""
+        sent: Any = SCHEMAS.decode(self.events[account, key].framed, EVENTS)
+        sent["properties"] |= properties
+        self._correct(account, key, SCHEMAS.encode(EVENTS, sent))
+
+    def _correct(self, account: str, key: str, replacement: bytes | None) -> None:
         event = self.events[account, key]
         home = partition_of(account.encode(), PARTITIONS)
         said = Correction(
@@ -164,6 +173,7 @@ class World:
             origin_appended_ms=event.appended_ms,
             event=event.framed,
             rows=tuple(map(_held, event.held)),
+            replacement=replacement,
         )
         value = SCHEMAS.encode(CORRECTIONS, said.to_record())
         self._process(
@@ -200,25 +210,34 @@ class World:
 
     def missing(self, account: str, month: str) -> list[CloseEntry]:
         """What would have to be booked."""
+        return [entry for period in self.periods(account, month) for entry in self._missing(account, period)]
+
+    def _missing(self, account: str, period: Period) -> list[CloseEntry]:
         catalog = self.catalog
-        period = Month.parse(month).period_in(catalog.accounts[account].time_zone)
-        counting = [event.use for (owner, _), event in self.events.items() if owner == account and event.held]
-        uses = [use for use in counting if period.start_us <= use.at_us < period.end_us]
-        types = carried_event_types(catalog, account, period)
-        earlier = [use for use in counting if use.at_us < period.start_us and use.event_type in types]
+        counting = [event for (owner, _), event in self.events.items() if owner == account and event.held]
+        uses = [event.use for event in counting if _period_of(event.held[0].terms) == period]
+        types, before_us = carried_event_types(catalog, account, period), first_moment(catalog, account, period)
+        earlier = [event.use for event in counting if event.use.at_us < before_us and event.use.event_type in types]
         closed = close_period(catalog, account, period, uses, earlier)
         assert not closed.refused, closed.refused
-        return differences(closed, self.lines(account, month))
+        return differences(closed, self.lines_of(account, period))
+
+    def periods(self, account: str, month: str) -> tuple[Period, ...]:
+        """The account's billing periods that end in the month."""
+        catalog = self.catalog
+        return catalog.periods_ending(account, Month.parse(month).period_in(catalog.accounts[account].time_zone))
 
     def lines(self, account: str, month: str) -> list[StoredLine]:
-        """The account's lines of the month, as the sink and the bookings would have them."""
-        period = Month.parse(month).period_in(self.catalog.accounts[account].time_zone)
+        return [line for period in self.periods(account, month) for line in self.lines_of(account, period)]
+
+    def lines_of(self, account: str, period: Period) -> list[StoredLine]:
+        """The account's lines of a period, as the sink and the bookings would have them."""
         sums: dict[tuple[Any, ...], StoredLine] = {}
         moved = {_key(entry.terms) for _, entry in self.booked if Cause.BACK_DATED in entry.reasons}
         moves = [(row.terms, row.quantity_after - row.quantity_before, row.amount) for row in self._rows_of(account)]
         moves += [(entry.terms, entry.quantity, entry.amount) for owner, entry in self.booked if owner == account]
         for terms, quantity, amount in moves:
-            if terms.period_start_us == period.start_us:
+            if _period_of(terms) == period:
                 line = sums.setdefault(
                     _key(terms), StoredLine(len(sums) + 1, terms, "open", 0, 0, _key(terms) in moved)
                 )
@@ -352,6 +371,10 @@ def _key(terms: Terms) -> tuple[Any, ...]:
         terms.cell,
         terms.currency,
     )
+
+
+def _period_of(terms: Terms) -> Period:
+    return Period(terms.period_start_us, terms.period_end_us)
 
 
 def _held(row: Row) -> HeldRow:

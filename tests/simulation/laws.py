@@ -186,6 +186,7 @@ def _check_sinks(world: World) -> None:
     assert {number for number, _ in sums} <= ids, "rows that stand on no line"
     for line in tables["line"].values():
         model = _CHARGES[line["plan_version"] % 2][line["charge"]].model
+        assert line == world.closed_lines.get(line["id"], line), f"a line of a closed invoice has changed: {line}"
         assert line["price_class"] == ("per_event" if model == "percentage" else "running")
         for name in ("quantity", "amount", "events"):
             assert line[name] == sums[line["id"], name], f"{name} of a line is not the sum of its rows: {line}"

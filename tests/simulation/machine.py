@@ -220,6 +220,10 @@ class Histories(RuleBasedStateMachine):
                 self.world.start_sink(name)
         self.world.share_places(share)
 
+    @rule(name=st.sampled_from(sorted(ACCOUNTS)))
+    def close(self, name: str) -> None:
+        self.world.close_periods(name)
+
     @rule(away=st.booleans())
     def database(self, away: bool) -> None:
         self.world.database_away = away

@@ -112,6 +112,19 @@ def positions_without_compare() -> AbstractContextManager[Any]:
     return patch.object(Session, "_move_positions", moved)
 
 
+def closed_unseen() -> AbstractContextManager[Any]:
+    """The sink writes to the invoices it knows, without a look whether they are open."""
+
+    def every(self: Session, parameters: Any) -> list[Any]:
+        _lock_invoices(self, parameters)
+        return [(number,) for number in parameters[0]]
+
+    return patch.object(Session, "_lock_invoices", every)
+
+
+_lock_invoices = Session._lock_invoices
+
+
 def not_unique() -> AbstractContextManager[Any]:
     """The table of rated usage takes the same row again."""
 

@@ -62,7 +62,7 @@ class Session:
             commit._INSERT_STAGED: self._insert_staged,
             commit._ADD_TO_LINES: self._add_to_lines,
             commit._CONFLICTS: self._conflicts,
-            commit._BILLED_FROM: self._billed_from,
+            commit._BILLED: self._billed,
             commit._QUARANTINE: self._quarantine,
             lines._SELECT_REFERENCES: lambda _: [],  # no plan here has reference properties
             lines._CREATE_INVOICES: self._create_invoices,
@@ -252,8 +252,13 @@ class Session:
         return []
 
     def _select_invoices(self, parameters: Any) -> Rows:
-        found = enumerate((self._read("invoice", key) for key in zip(*parameters, strict=True)), 1)
-        return [(at, invoice["id"]) for at, invoice in found if invoice is not None]
+        found = []
+        for at, period in enumerate(zip(*parameters, strict=True), 1):
+            of_period = [(key[4], value) for key, value in self._rows("invoice").items() if key[:4] == period]
+            if of_period:
+                supplement, last = max(of_period, key=lambda one: one[0])
+                found.append((at, last["id"], supplement, last["state"] == "open"))
+        return found
 
     def _lock_invoices(self, parameters: Any) -> Rows:
         wanted = set(parameters[0])
@@ -306,12 +311,13 @@ class Session:
             if any(row[name] != self._read("rated", self._row_key(row))[name] for name in places)
         ]
 
-    def _billed_from(self, parameters: Any) -> Rows:
+    def _billed(self, parameters: Any) -> Rows:
         found = []
         for month, identity, charge, cell, entry, partition, offset in zip(*parameters, strict=True):
             row = self._read("rated", (month.isoformat(), identity, charge, cell, entry))
-            if row is not None and (row["rated_partition"], row["rated_offset"]) == (partition, offset):
-                found.append((partition, offset))
+            if row is not None:
+                same = (row["rated_partition"], row["rated_offset"]) == (partition, offset)
+                found.append((partition, offset, same))
         return found
 
     def _quarantine(self, parameters: Any) -> Rows:

@@ -43,6 +43,7 @@ DEFECTS: dict[str, tuple[Mutation, ...]] = {
     "a correction is not remembered": (mutations.corrections_forgotten,),
     "the sink moves positions without looking": (mutations.positions_without_compare,),
     "the sink moves positions after the rows": (mutations.positions_after_rows,),
+    "the sink does not see that an invoice is closed": (mutations.closed_unseen,),
 }
 
 

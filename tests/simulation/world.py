@@ -444,6 +444,8 @@ class World:
         #: Accounts that events named before they were published.
         self.late: set[str] = set()
         self.database_away = False
+        #: Lines of closed invoices, by id, as they were then.
+        self.closed_lines: dict[int, dict[str, Any]] = {}
         _current[:] = [self]
         self.share_partitions({"rater-0": [0], "rater-1": [1]})
         self.share_places({"sink-0": SINK_PLACES[::2], "sink-1": SINK_PLACES[1::2]})
@@ -509,6 +511,16 @@ class World:
                 CORRECTIONS, correction(rows, new, entry=entry).to_record()
             )
         self.broker.append((TOPICS.retry, partition), rows[0]["event"]["account"].encode(), sent)
+
+    def close_periods(self, name: str) -> None:
+        """Issue the account's open invoices, as a close does; it would wait for a sink that holds one."""
+        invoices, lines = (self.store.tables[table] for table in ("invoice", "line"))
+        for key, invoice in list(invoices.items()):
+            if key[0] == name and ("invoice", key) not in self.store.locks:
+                invoices[key] = invoice | {"state": "issued"}
+                self.closed_lines |= {
+                    line["id"]: line for line in lines.values() if line["invoice_id"] == invoice["id"]
+                }
 
     # -- processes
 

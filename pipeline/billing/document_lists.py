@@ -1,0 +1,140 @@
+"""Documents as lists, and what is linked to one: the reading side of ``tally invoices``."""
+
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+from psycopg.rows import class_row
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A document in a list; money in whole units of its currency. Dates are the legal entity's, times UTC."""
+
+    id: int
+    number: str | None
+    kind: str
+    state: str
+    #: unpaid, partly_paid, paid or uncollectible; None unless it is issued.
+    payment: str | None
+    legal_entity: str
+    account: str
+    currency: str
+    period_start: datetime
+    period_end: datetime
+    issue_date: date | None
+    due_date: date | None
+    net: Decimal
+    tax: Decimal
+    total: Decimal
+    payable: Decimal
+    open: Decimal | None
+
+
+_COLUMNS = """
+document.id, number, kind::text, document.state::text, payment.state AS payment, legal_entity, account, currency,
+period_start, period_end, issue_date, due_date, net_amount AS net, tax_amount AS tax, total_amount AS total,
+document.payable_amount AS payable, payment.open_amount AS open
+"""
+_LIST = f"""
+SELECT {_COLUMNS}
+FROM billing.document LEFT JOIN billing.document_payment AS payment ON payment.document_id = document.id
+WHERE (%(account)s::text IS NULL OR account = %(account)s)
+    AND (%(kind)s::text IS NULL OR kind::text = %(kind)s)
+    AND (%(state)s::text IS NULL OR document.state::text = %(state)s)
+    AND (%(unpaid)s = false OR payment.state IN ('unpaid', 'partly_paid') AND payment.open_amount <> 0)
+    AND (%(since)s::timestamptz IS NULL OR period_end > %(since)s)
+    AND (%(until)s::timestamptz IS NULL OR period_end <= %(until)s)
+ORDER BY document.id DESC LIMIT %(limit)s
+"""
+
+
+def listed(
+    connection: "Connection[Any]",
+    *,
+    account: str | None = None,
+    kind: str | None = None,
+    state: str | None = None,
+    unpaid: bool = False,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    limit: int = 100,
+) -> list[Listed]:
+    """Documents, the newest first; of periods that end after ``since`` and not after ``until``."""
+    asked = {
+        "account": account,
+        "kind": kind,
+        "state": state,
+        "unpaid": unpaid,
+        "since": since,
+        "until": until,
+        "limit": limit,
+    }
+    with connection.cursor(row_factory=class_row(Listed)) as cursor:
+        return cursor.execute(_LIST, asked).fetchall()
+
+
+class Link(NamedTuple):
+    """Another document that this one is about, or that is about this one."""
+
+    relation: str
+    document: int
+    number: str | None
+    kind: str
+    state: str
+    reason_code: str | None
+    note: str
+
+
+# By the document as a whole, and by its lines.
+_LINKS = """
+SELECT 'corrects' AS relation, other.* FROM billing.document AS mine JOIN billing.document AS other
+    ON other.id = mine.corrects_id WHERE mine.id = %(id)s
+UNION ALL
+SELECT 'corrected by', other.* FROM billing.document AS other WHERE other.corrects_id = %(id)s
+UNION ALL
+SELECT DISTINCT ON (other.id) 'adjusts lines of', other.* FROM billing.document_line AS mine
+    JOIN billing.document_line AS theirs ON theirs.id = mine.adjusts_id
+    JOIN billing.document AS other ON other.id = theirs.document_id
+WHERE mine.document_id = %(id)s
+UNION ALL
+SELECT DISTINCT ON (other.id) 'lines adjusted by', other.* FROM billing.document_line AS mine
+    JOIN billing.document_line AS theirs ON theirs.adjusts_id = mine.id
+    JOIN billing.document AS other ON other.id = theirs.document_id
+WHERE mine.document_id = %(id)s
+"""
+_SELECT_LINKS = f"""
+SELECT relation, id, number, kind::text, state::text, reason_code, note FROM ({_LINKS}) AS link ORDER BY id, relation
+"""
+
+
+def links(connection: "Connection[Any]", id: int) -> list[Link]:
+    """What is linked to a document, both ways, by id; what corrects a document is not named again for its lines."""
+    found: dict[int, Link] = {}
+    for row in connection.execute(_SELECT_LINKS, {"id": id}):
+        link = Link(*row)
+        if link.document not in found or link.relation.startswith("correct"):
+            found[link.document] = link
+    return list(found.values())
+
+
+class Settlement(NamedTuple):
+    """What settled a document, in whole units; above 0 takes off what is payable."""
+
+    kind: str
+    amount: Decimal
+    at: datetime
+    by: str
+    reference: str
+
+
+_SELECT_SETTLEMENTS = """
+SELECT kind, amount, at, by, reference FROM billing.settlement WHERE document_id = %s ORDER BY id
+"""
+
+
+def settlements(connection: "Connection[Any]", id: int) -> list[Settlement]:
+    """What settled a document, in the order it was booked."""
+    return [Settlement(*row) for row in connection.execute(_SELECT_SETTLEMENTS, [id])]

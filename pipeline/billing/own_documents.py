@@ -1,0 +1,283 @@
+"""Documents that no close makes: an adjustment that no invoice waits for, a voided invoice issued anew.
+
+Each is made in one transaction, in the order of the close: hold containers by id, then what the payer draws on; reckon;
+book; write; settle; number last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from psycopg import Connection
+from psycopg.types.json import Jsonb
+
+from pipeline.billing import queue
+from pipeline.billing.adjustments import (
+    Adjustment,
+    NotAdjustable,
+    Place,
+    committed,
+    coupons_of,
+    late_months,
+    lock_open,
+    look,
+    restate,
+)
+from pipeline.billing.close_entries import CloseEntry, book_all
+from pipeline.billing.close_money import Money, Wallet, read_money, read_uses_of
+from pipeline.billing.composing import ToWrite, whole, write_and_issue
+from pipeline.billing.given_back import give_back
+from pipeline.billing.invoicing_store import Invoicing, consolidating, load, mark
+from pipeline.billing.issued import Issued, read
+from pipeline.billing.prices import read_catalog
+from pipeline.billing.queue import Task
+from pipeline.billing.reckoning import Basis, compose, reckon
+from pipeline.billing.rerate import Month
+from pipeline.billing.statements import Key, differences, fee_due, key_of
+from pipeline.core.catalog import Catalog
+from pipeline.core.fees import due_in_advance
+from pipeline.core.money import Micros
+from pipeline.core.periods import to_datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A document that was issued; money in whole units of its currency."""
+
+    document: int
+    number: str
+    kind: str
+    currency: str
+    total: Decimal
+    payable: Decimal
+    #: The documents it is about: the month's invoice, or the one that was voided.
+    corrects: str | None
+
+
+def payer_of(connection: "Connection[Any]", account: str, now: datetime) -> Task:
+    """Who pays for an account, and whose lines are on that document. Raises LookupError for an unknown account."""
+    parents = consolidating(connection, applied_until=mark(connection), on=now.date())
+    found = queue.planned(connection, "", [account], consolidating=parents)  # of no month: whatever was closed
+    if not found:
+        raise LookupError(f"expected an account of the catalog, got {account!r}: `tally accounts list` shows them")
+    return found[0]
+
+
+# -- adjustments that no invoice waits for
+
+
+def bill_adjustments(connection: "Connection[Any]", payer: Task, *, now: datetime, actor: str) -> list[Made]:
+    """Bill a payer's closed months differently at once: a document for each month, seller and currency that changed.
+
+    For a payer whom no invoice follows within a cycle; others find their adjustments on the next one. What comes to
+    less than 0 goes into the customer's balance.
+
+    Raises NotAdjustable, ValueError where a rate of exchange or credits do not suffice.
+    """
+    with connection.transaction():
+        catalog = read_catalog(connection, payer.members)
+        found = _late(connection, catalog, payer)
+        money = read_money(connection, [payer.payer], lock=True)
+        known = load(connection, applied_until=mark(connection), on=now.date(), accounts=[payer.payer])
+        made = [_bill(connection, known, money, one, now=now, actor=actor) for one in found]
+        return [one for one in made if one is not None]
+
+
+def preview_adjustments(connection: "Connection[Any]", payer: Task) -> list[Adjustment]:
+    """What ``bill_adjustments``, or the next invoice, would bill. Changes nothing; raises NotAdjustable."""
+    with connection.transaction(force_rollback=True):
+        return _late(connection, read_catalog(connection, payer.members), payer)
+
+
+def _late(connection: "Connection[Any]", catalog: Catalog, payer: Task) -> list[Adjustment]:
+    lock_open(connection, payer.members)
+    months = late_months(connection, catalog, {payer.payer: payer.members}).get(payer.payer, [])
+    return [one for month in months for one in restate(connection, catalog, payer.payer, payer.members, month)]
+
+
+def _bill(
+    connection: "Connection[Any]", known: Invoicing, money: Money, one: Adjustment, *, now: datetime, actor: str
+) -> Made | None:
+    """Issue an adjustment as a document of its own; None where nothing changed, and its containers are settled."""
+    note = f"late usage of {one.month}"
+    made = settle_books(connection, one, actor=actor, note=note)
+    if not one.lines:
+        return None
+    entity, customer = known.legal_entity(one.legal_entity), known.customers.get(one.payer)
+    if entity is None or customer is None:
+        raise NotAdjustable(f"expected {one.payer} and its legal entity to be known today: `tally invoicing apply`")
+    wallet = Wallet(one.payer, one.legal_entity, one.currency)
+    basis = Basis(
+        entity, customer, known.taxes, one.tax_date, grants=money.grants(wallet), balance=money.balance(wallet)
+    )
+    reckoned = reckon([], basis, currency=one.currency, settled=one.lines)
+    money.take(wallet, reckoned.document)
+    document = compose(reckoned, basis, kind="adjustment", payer=one.payer, period=one.period, actor=actor)
+    document = replace(document, corrects_id=one.original, reason_code="late_usage", note=note)
+    new = ToWrite(one.payer, basis, reckoned, document, one.containers[0] if one.containers else None)
+    return issue_own(connection, new, made, corrects=one.original, actor=actor, note=note, now=now)
+
+
+def settle_books(connection: "Connection[Any]", one: Adjustment, *, actor: str, note: str) -> dict[Key, int]:
+    """Book an adjustment's close entries, close its containers, and give back credits that its month needs no more.
+
+    Returns the container lines that were made. The document that bills it is written in the same transaction.
+    """
+    ids = book_all(connection, one.entries, actor=actor, note=note)
+    connection.execute(_CLOSE, [list(one.containers)])
+    if one.original is not None and one.unneeded_credits:
+        give_back(connection, one.original, one.currency, net=one.unneeded_credits, total=0, actor=actor, note=note)
+    return _made(one.entries, ids)
+
+
+_CLOSE = "UPDATE billing.invoice SET state = 'issued' WHERE id = ANY(%s) AND state = 'open'"
+
+
+def _made(entries: Sequence[tuple[str, CloseEntry]], ids: Sequence[int]) -> dict[Key, int]:
+    return {
+        key_of(account, entry.terms): id
+        for (account, entry), id in zip(entries, ids, strict=True)
+        if entry.line_id is None
+    }
+
+
+# -- issued anew
+
+
+class NotReissuable(ValueError):
+    """The document cannot be issued anew: says what was expected, what came, and what to do."""
+
+
+def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime, actor: str) -> Made:
+    """Issue a voided invoice anew: the same month, by what is known now of prices, customer, seller and taxes.
+
+    Late usage of the month that has come since is on it, too, and so are adjustments of earlier months that were on the
+    voided one. It keeps the tax date. Raises NoDocument, NotReissuable, NotAdjustable, ValueError for what cannot be
+    reckoned.
+    """
+    with connection.transaction():
+        voided = read(connection, id, lock=True)
+        _check_reissuable(connection, voided)
+        payer = payer_of(connection, voided.account, now)
+        catalog = read_catalog(connection, payer.members)
+        lock_open(connection, payer.members)
+        money = read_money(connection, [payer.payer], lock=True)
+        seen = look(connection, catalog, payer.payer, payer.members, _month(catalog, voided, voided.period.end_us))
+        place = Place(voided.legal_entity, voided.currency)
+        wallet = Wallet(payer.payer, *place)
+        basis = _basis_now(connection, catalog, payer.payer, place, voided, money, wallet)
+        ahead = [
+            fee_due(account, fee)
+            for account in payer.members
+            for fee in due_in_advance(catalog, account, seen.period.end_us)
+            if Place(basis.entity.id, fee.segment.plan.currency) == place
+        ]
+        owed = [*seen.owed.get(place, ()), *committed(connection, catalog, seen, place, basis), *ahead]
+        left = differences(owed, seen.standing_for(place, owed))
+        earlier = [
+            one
+            for month in sorted({_month(catalog, voided, at_us) for at_us in _adjusted(voided)}, key=str)
+            for one in restate(connection, catalog, payer.payer, payer.members, month)
+            if Place(one.legal_entity, one.currency) == place
+        ]
+        entries = seen.entries_in(place.currency)
+        made = _made(entries, book_all(connection, entries, actor=actor, note=note))
+        connection.execute(_CLOSE, [list(seen.open_in(place.currency))])
+        for one in earlier:
+            made |= settle_books(connection, one, actor=actor, note=note)
+        reckoned = reckon(
+            left,
+            basis,
+            currency=voided.currency,
+            uses=read_uses_of(connection, left, basis.grants) if basis.grants else {},
+            settled=[line for one in earlier for line in one.lines],
+        )
+        document = compose(reckoned, basis, kind=voided.kind, payer=payer.payer, period=voided.period, actor=actor)
+        document = replace(document, corrects_id=id, reason_code="reissue", note=note)
+        container = next((one.id for one in seen.containers if one.currency == place.currency), None)
+        new = ToWrite(payer.payer, basis, reckoned, document, container)
+        return issue_own(connection, new, made, corrects=id, actor=actor, note=note, now=now)
+
+
+_SELECT_REISSUE = """
+SELECT number FROM billing.document WHERE corrects_id = %s AND kind <> 'credit_note' AND state <> 'void'
+"""
+
+
+def _check_reissuable(connection: "Connection[Any]", voided: Issued) -> None:
+    if voided.kind != "invoice" or voided.state != "void":
+        raise NotReissuable(f"expected a void invoice, got {voided.kind} {voided.number}, which is {voided.state}")
+    again = connection.execute(_SELECT_REISSUE, [voided.id]).fetchone()
+    if again is not None:
+        raise NotReissuable(f"{voided.number} was issued anew before, as {again[0] or 'a draft'}")
+
+
+def _adjusted(voided: Issued) -> list[Micros]:
+    """Where the months lie whose adjustments were on a document."""
+    return [line.row.segment_start_us for line in voided.lines if line.row.kind == "adjustment"]
+
+
+def _month(catalog: Catalog, voided: Issued, at_us: Micros) -> Month:
+    """The month of a billing period by one of its instants; of its end, the one that has just ended."""
+    zone = ZoneInfo(catalog.accounts[voided.account].time_zone)
+    local = to_datetime(at_us - 1 if at_us == voided.period.end_us else at_us).astimezone(zone)
+    return Month(local.year, local.month)
+
+
+def _basis_now(
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    payer: str,
+    place: Place,
+    voided: Issued,
+    money: Money,
+    wallet: Wallet,
+) -> Basis:
+    """What is known now, as of the tax date that the voided document had."""
+    known = load(connection, applied_until=mark(connection), on=voided.tax_date, accounts=[payer])
+    entity, customer = known.legal_entity(place.legal_entity), known.customers.get(payer)
+    if entity is None or customer is None:
+        raise NotReissuable(f"expected {payer} and {place.legal_entity} to be known: `tally invoicing apply`")
+    first_day = to_datetime(voided.period.start_us).astimezone(ZoneInfo(catalog.accounts[payer].time_zone)).date()
+    return Basis(
+        entity,
+        customer,
+        known.taxes,
+        voided.tax_date,
+        coupons=coupons_of(connection, payer, place, first_day, known, customer),
+        grants=money.grants(wallet),
+        balance=money.balance(wallet),
+    )
+
+
+def issue_own(
+    connection: "Connection[Any]",
+    new: ToWrite,
+    made: dict[Key, int],
+    *,
+    corrects: int | None,
+    actor: str,
+    note: str,
+    now: datetime,
+) -> Made:
+    id, number = write_and_issue(connection, new, made=made, actor=actor, note=note, now=now)
+    document = new.document
+    of = None if corrects is None else connection.execute(_SELECT_NUMBER, [corrects]).fetchone()
+    detail = {"number": number, "corrects": of and of[0], "note": note}
+    connection.execute(_AUDIT, [actor, f"document.{document.kind}", f"document:{id}", Jsonb(detail)])
+    return Made(
+        document=id,
+        number=number,
+        kind=document.kind,
+        currency=document.currency,
+        total=whole(document.total_amount, document.currency),
+        payable=whole(document.payable_amount, document.currency),
+        corrects=None if of is None else str(of[0]),
+    )
+
+
+_SELECT_NUMBER = "SELECT number FROM billing.document WHERE id = %s"
+_AUDIT = "INSERT INTO billing.audit (actor, action, target, detail) VALUES (%s, %s, %s, %s)"

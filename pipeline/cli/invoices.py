@@ -1,0 +1,549 @@
+"""`tally invoices`: what became of documents, and all that happens to one after it was issued. Nothing edits one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
+
+import typer
+from psycopg import Connection
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.billing import credit_notes, voids
+from pipeline.billing.adjustments import Adjustment
+from pipeline.billing.composing import whole
+from pipeline.billing.credit_notes import Credited, Part
+from pipeline.billing.document_lists import Link, Listed, Settlement, links, listed, settlements
+from pipeline.billing.issued import Issued, find, read
+from pipeline.billing.own_documents import Made, bill_adjustments, payer_of, preview_adjustments
+from pipeline.billing.own_documents import reissue as issue_anew
+from pipeline.billing.payments import Settled
+from pipeline.billing.payments import pay as book_payment
+from pipeline.billing.payments import write_off as give_up
+from pipeline.billing.rerate import Month
+from pipeline.billing.reviewing import issue_reviewed
+from pipeline.billing.reviewing import review as review_drafts
+from pipeline.billing.thresholds import Unbilled, bill_if_reached, with_threshold
+from pipeline.cli import render
+from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
+from pipeline.core.money import QUANTITY_DECIMALS, Minor, plain, quantity_decimal, scaled
+from pipeline.core.periods import Period, to_datetime
+from pipeline.infra.postgres import connect
+from pipeline.infra.settings import Settings
+
+invoices = typer.Typer(
+    help="Invoices and what follows from them: credit notes, voids, payments, adjustments, bills within a period.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+Number = Annotated[str, typer.Argument(metavar="NUMBER", help="Number of an issued document, or its id.")]
+Entity = Annotated[str | None, typer.Option(help="Legal entity, where two gave the same number.")]
+By = Annotated[str | None, typer.Option(help="Who does it (default: the user).")]
+Why = Annotated[str, typer.Option(help="Why, in words; kept with the document and in the audit trail.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(invoices, name="invoices")
+
+
+# -- looking
+
+
+@invoices.command(name="list")
+def list_(
+    account: Annotated[str | None, typer.Option(help="Only documents this account pays.")] = None,
+    month: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM", help="Only of periods that end in this month.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="invoice, credit_note, adjustment or progress.")] = None,
+    state: Annotated[str | None, typer.Option(help="draft, reviewed, issued or void.")] = None,
+    unpaid: Annotated[bool, typer.Option("--unpaid", help="Only what has something open.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 100,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show documents, the newest first, with what is open on each."""
+    bounds = None if month is None else Month.parse(month).period_in("UTC")
+    with _connected(settings_for(data_dir)) as connection:
+        found = listed(
+            connection,
+            account=account,
+            kind=kind,
+            state=state,
+            unpaid=unpaid,
+            since=None if bounds is None else to_datetime(bounds.start_us),
+            until=None if bounds is None else to_datetime(bounds.end_us),
+            limit=limit,
+        )
+    if as_json:
+        emit_json([asdict(one) for one in found])
+        return
+    table = _table("number", "kind", "state", "account", "month", "due", money=("total", "open"))
+    for one in found:
+        table.add_row(*_row(one))
+    out.print(table)
+
+
+def _table(*columns: str, money: Sequence[str]) -> Table:
+    """Text, then amounts to the right; where the terminal is narrow, names are what is broken into lines."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in columns:
+        wraps = heading in ("kind", "account", "what")
+        table.add_column(heading, no_wrap=not wraps, min_width=10 if wraps else None, overflow="fold")
+    for heading in money:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _row(one: Listed) -> list[str]:
+    last = one.period_end - timedelta(microseconds=1)
+    return [
+        one.number or f"draft {one.id}",
+        one.kind.replace("_", " "),
+        (one.payment or one.state).replace("_", " "),
+        escape(one.account),
+        f"{last:%Y-%m}",
+        "" if one.due_date is None else one.due_date.isoformat(),
+        f"{one.total:,} {one.currency}",
+        "" if one.open is None else f"{one.open:,}",
+    ]
+
+
+@invoices.command()
+def show(number: Number, entity: Entity = None, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Show a document as a table: lines, taxes, totals, what settled it, and what is linked to it, both ways."""
+    with _connected(settings_for(data_dir)) as connection:
+        id = find(connection, number, legal_entity=entity)
+        document, linked, settled = read(connection, id), links(connection, id), settlements(connection, id)
+    if as_json:
+        data = _document_data(document)
+        emit_json(
+            data | {"links": [one._asdict() for one in linked], "settlements": [one._asdict() for one in settled]}
+        )
+        return
+    show_document(document, linked, settled)
+
+
+def show_document(document: Issued, linked: Sequence[Link] = (), settled: Sequence[Settlement] = ()) -> None:
+    """Print a document as a table, with what settled it and what is linked to it."""
+    money = _Money(document.currency)
+    head = f"{document.kind.replace('_', ' ')} {document.number} of {document.issue_date} ({document.state})"
+    out.print(f"[bold]{escape(head)}[/]  {escape(document.account)}, tax date {document.tax_date}", highlight=False)
+    discounted = any(line.row.discount for line in document.lines)
+    amounts = ("amount", "discount", "net", "tax", "total") if discounted else ("net", "tax", "total")
+    table = _table("", "what", "service", money=("quantity", *amounts))
+    for line in document.lines:
+        row = line.row
+        name = str(row.detail.get("name") or row.charge) + (f" ({row.cell})" if row.cell else "")
+        table.add_row(
+            str(line.position),
+            escape(name),
+            _days(row.service),
+            f"{plain(quantity_decimal(row.quantity))} {escape(row.unit)}",
+            *(money(getattr(row, name)) for name in amounts),
+        )
+    out.print(table)
+    for tax in document.document.taxes:
+        label = f"{tax.tax.tax} {plain(tax.tax.percent)} %" if tax.tax.treatment == "standard" else tax.tax.treatment
+        out.print(f"{label} on {money(tax.base)}: {money(tax.amount)}", highlight=False)
+    totals = document.totals
+    sums = f"net {money(totals.net)}, tax {money(totals.tax)}, total {money(totals.total)}"
+    paid = f"credits {money(totals.credits)}, balance {money(totals.balance)}"
+    out.print(f"{sums}; {paid}; payable {money(totals.payable)} {document.currency}", highlight=False)
+    for one in settled:
+        booked = f"{one.at:%Y-%m-%d} {one.kind.replace('_', ' ')} {one.amount:,} by {one.by} {one.reference}"
+        out.print(escape(booked), highlight=False)
+    for link in linked:
+        why = f" ({link.reason_code})" if link.reason_code else ""
+        what = f"{link.relation} {link.kind.replace('_', ' ')} {link.number or link.document}{why}"
+        out.print(escape(what), highlight=False)
+
+
+def _days(service: Period) -> str:
+    """First and last day, UTC."""
+    first, last = to_datetime(service.start_us), to_datetime(service.end_us - 1)
+    same = (first.year, first.month) == (last.year, last.month)
+    return f"{first:%Y-%m-%d}…{last:%d}" if same else f"{first:%Y-%m-%d}…{last:%Y-%m-%d}"
+
+
+class _Money:
+    """Smallest units as whole ones, with the currency's decimals."""
+
+    def __init__(self, currency: str) -> None:
+        self._currency = currency
+
+    def __call__(self, amount: Minor) -> str:
+        return f"{whole(amount, self._currency):,}"
+
+
+def _document_data(document: Issued) -> dict[str, Any]:
+    currency = document.currency
+    totals = {name: whole(amount, currency) for name, amount in document.totals._asdict().items()}
+    return {
+        "id": document.id,
+        "kind": document.kind,
+        "state": document.state,
+        "number": document.number,
+        "legal_entity": document.legal_entity,
+        "account": document.account,
+        "currency": currency,
+        "period_start": to_datetime(document.period.start_us),
+        "period_end": to_datetime(document.period.end_us),
+        "tax_date": document.tax_date,
+        "issue_date": document.issue_date,
+        "totals": totals,
+        "lines": [
+            {
+                "position": line.position,
+                "kind": line.row.kind,
+                "role": line.row.role,
+                "charge": line.row.charge,
+                "cell": line.row.cell,
+                "quantity": plain(quantity_decimal(line.row.quantity)),
+                "unit": line.row.unit,
+                **{
+                    name: whole(getattr(line.row, name), currency)
+                    for name in ("amount", "discount", "net", "tax", "total")
+                },
+            }
+            for line in document.lines
+        ],
+    }
+
+
+# -- before issue
+
+Draft = Annotated[int, typer.Argument(metavar="ID", help="Id of a draft (`tally invoices list --state draft`).")]
+
+
+@invoices.command()
+def review(draft: Draft, by: By = None, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Put on record that a draft was looked at, with its payer's others of the month. From then on it is frozen.
+
+    Refused where it would come out otherwise by now. Look at it first: `tally invoices pdf ID --drafts`.
+    """
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        ids = review_drafts(connection, draft, now=datetime.now(UTC), actor=by or settings.actor)
+    if as_json:
+        emit_json({"reviewed": ids})
+        return
+    for id in ids:
+        out.print(f"draft {id} is reviewed: `tally invoices issue {id}` issues it", highlight=False)
+
+
+@invoices.command()
+def issue(draft: Draft, by: By = None, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Number and issue a reviewed document, with its payer's others of the month."""
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        numbers = issue_reviewed(connection, draft, now=datetime.now(UTC), actor=by or settings.actor)
+    if as_json:
+        emit_json({"issued": [number.text for number in numbers]})
+        return
+    for number in numbers:
+        out.print(f"issued as {number.text}", highlight=False)
+
+
+# -- after issue
+
+
+@invoices.command()
+def credit(
+    number: Number,
+    reason: Annotated[str, typer.Option(help=f"One of {', '.join(credit_notes.REASONS)}.")],
+    why: Why = "",
+    line: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POSITION[=QUANTITY]", help="Only this line, or so much of it; may be repeated."),
+    ] = None,
+    to_balance: Annotated[
+        bool, typer.Option("--to-balance", help="What was paid goes to the next invoices, instead of back.")
+    ] = False,
+    entity: Entity = None,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Issue a credit note on an invoice: in full, by line or by quantity.
+
+    It takes off what is open; what was paid before is to be paid out (`tally invoices pay` books that), or goes to the
+    balance. It is money given back: usage that comes late is billed beside it, as an adjustment.
+    """
+    chosen = next((one for one in credit_notes.REASONS if one == reason), None)
+    if chosen is None:
+        fail(f"expected --reason {', '.join(credit_notes.REASONS)}, got {reason!r}", EXIT_USAGE)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        made = credit_notes.credit(
+            connection,
+            find(connection, number, legal_entity=entity),
+            None if not line else [_part(text) for text in line],
+            reason=chosen,
+            note=why,
+            to="balance" if to_balance else "refund",
+            actor=by or settings.actor,
+            now=datetime.now(UTC),
+        )
+    _say(made, _credited(made), as_json=as_json)
+
+
+def _part(text: str) -> Part:
+    position, equals, quantity = text.partition("=")
+    try:
+        return Part(int(position), scaled(Decimal(quantity), QUANTITY_DECIMALS) if equals else None)
+    except (ValueError, InvalidOperation):
+        fail(f"--line: expected a position such as 2, or 2=40 for 40 units of it, got {text!r}", EXIT_USAGE)
+
+
+def _credited(made: Credited) -> str:
+    parts = [f"credit note {made.number} on {made.corrects}: {made.total:,} {made.currency}"]
+    if made.taken_off:
+        parts.append(f"{made.taken_off:,} taken off what was open")
+    if made.to_balance:
+        parts.append(f"{made.to_balance:,} to the balance")
+    if made.to_refund:
+        parts.append(f"{made.to_refund:,} to be paid out")
+    return "; ".join(parts)
+
+
+@invoices.command()
+def void(
+    number: Number,
+    reason: Annotated[str, typer.Option(help=f"One of {', '.join(voids.REASONS)}.")],
+    why: Why = "",
+    entity: Entity = None,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Withdraw an issued document. Its number stays used, and its rows as they are; `reissue` bills it anew."""
+    chosen = next((one for one in voids.REASONS if one == reason), None)
+    if chosen is None:
+        fail(f"expected --reason {', '.join(voids.REASONS)}, got {reason!r}", EXIT_USAGE)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        id = find(connection, number, legal_entity=entity)
+        done = voids.void(connection, id, reason=chosen, note=why, actor=by or settings.actor, now=datetime.now(UTC))
+    _say(done, f"{done.number} is void: {done.total:,} {done.currency} is unbilled again", as_json=as_json)
+
+
+@invoices.command()
+def reissue(
+    number: Number,
+    why: Why = "",
+    entity: Entity = None,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Issue a voided invoice anew, by what is known now of customer, seller, prices and taxes."""
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        id = find(connection, number, legal_entity=entity)
+        made = issue_anew(connection, id, note=why, actor=by or settings.actor, now=datetime.now(UTC))
+    _say(made, _issued(made), as_json=as_json)
+
+
+def _issued(made: Made) -> str:
+    about = f", for {made.corrects}" if made.corrects else ""
+    return (
+        f"{made.kind.replace('_', ' ')} {made.number}{about}: {made.total:,} {made.currency}, payable {made.payable:,}"
+    )
+
+
+@invoices.command()
+def pay(
+    number: Number,
+    amount: Annotated[str | None, typer.Argument(help="In whole units (default: all that is open).")] = None,
+    reference: Annotated[str, typer.Option(help="The bank's, say: the same one is booked once.")] = "",
+    entity: Entity = None,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Book a payment of an invoice or, of a credit note, the refund that was paid out."""
+    try:
+        wanted = None if amount is None else Decimal(amount)
+    except InvalidOperation:
+        fail(f"expected an amount such as 120.50, got {amount!r}", EXIT_USAGE)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        id = find(connection, number, legal_entity=entity)
+        now = datetime.now(UTC)
+        done = book_payment(connection, id, wanted, at=now, reference=reference, actor=by or settings.actor)
+    before = " (it was booked before)" if done.repeated else ""
+    _say(done, f"{_settled(done)}{before}", as_json=as_json)
+
+
+@invoices.command(name="write-off")
+def write_off(
+    number: Number,
+    why: Annotated[str, typer.Option(help="Why it will not be paid; kept with it.")],
+    entity: Entity = None,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Give up what is open on an invoice: it is uncollectible."""
+    if not why.strip():
+        fail("expected --why, a reason that is kept with the document", EXIT_USAGE)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        id = find(connection, number, legal_entity=entity)
+        done = give_up(connection, id, at=datetime.now(UTC), why=why, actor=by or settings.actor)
+    _say(done, _settled(done), as_json=as_json)
+
+
+def _settled(done: Settled) -> str:
+    state = done.state.replace("_", " ")
+    return f"{done.booked:,} {done.currency} booked on {done.number}: {state}, {done.open:,} open"
+
+
+# -- beside the close
+
+
+@invoices.command()
+def adjust(
+    account: Annotated[str, typer.Argument(help="Account whose payer is billed.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what changed, change nothing.")] = False,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Bill what came after a month was closed at once, as an adjustment of its own, instead of on the next invoice.
+
+    Exit code 4 with --dry-run where something is to be billed.
+    """
+    settings = settings_for(data_dir)
+    now = datetime.now(UTC)
+    with _connected(settings) as connection:
+        payer = payer_of(connection, account, now)
+        if dry_run:
+            found = [one for one in preview_adjustments(connection, payer) if one.lines]
+        else:
+            made = bill_adjustments(connection, payer, now=now, actor=by or settings.actor)
+    if dry_run:
+        if as_json:
+            emit_json([_adjustment_data(one) for one in found])
+        else:
+            _show_adjustments(found)
+        raise typer.Exit(EXIT_FINDINGS if found else 0)
+    if as_json:
+        emit_json([asdict(one) for one in made])
+        return
+    for one in made:
+        out.print(_issued(one), highlight=False)
+    if not made:
+        out.print("nothing came after its month was closed")
+
+
+def _adjustment_data(one: Adjustment) -> dict[str, Any]:
+    return {
+        "payer": one.payer,
+        "legal_entity": one.legal_entity,
+        "month": str(one.month),
+        "currency": one.currency,
+        "original": one.original,
+        "total": whole(one.total, one.currency),
+        "lines": [
+            {
+                "role": row.role,
+                "charge": row.charge,
+                "cell": row.cell,
+                "quantity": plain(quantity_decimal(row.quantity)),
+                "net": whole(line.net, one.currency),
+                "tax": whole(line.tax, one.currency),
+                "total": whole(line.total, one.currency),
+            }
+            for line, row in one.lines
+        ],
+    }
+
+
+def _show_adjustments(found: list[Adjustment]) -> None:
+    if not found:
+        out.print("nothing came after its month was closed")
+        return
+    table = _table("month", "charge", "", money=("quantity", "net", "tax", "total"))
+    for one in found:
+        money = _Money(one.currency)
+        for line, row in one.lines:
+            name = row.charge + (f" ({row.cell})" if row.cell else "")
+            amounts = (money(line.net), money(line.tax), money(line.total))
+            what = "taken back" if row.role == "reversal" else "anew"
+            table.add_row(str(one.month), escape(name), what, plain(quantity_decimal(row.quantity)), *amounts)
+        table.add_row(str(one.month), "", "", "", "", "", f"[bold]{money(one.total)} {one.currency}[/]")
+    out.print(table)
+
+
+@invoices.command()
+def threshold(
+    account: Annotated[list[str] | None, typer.Argument(help="Payers (default: all that have a threshold).")] = None,
+    month: Annotated[str | None, typer.Option(metavar="YYYY-MM", help="Default: the month that is running.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show how far each is, bill nothing.")] = False,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Bill usage within its period where a customer's threshold is reached. Run it as often as you like.
+
+    Exit code 4 where a customer could not be billed; the others are.
+    """
+    settings = settings_for(data_dir)
+    now = datetime.now(UTC)
+    of = Month.parse(month) if month else Month(now.year, now.month)
+    found: list[Unbilled] = []
+    problems: list[str] = []
+    with _connected(settings) as connection:
+        for one in account or with_threshold(connection, now):
+            payer = payer_of(connection, one, now)
+            try:
+                found += bill_if_reached(connection, payer, of, now=now, actor=by or settings.actor, dry_run=dry_run)
+            except ValueError as error:  # one customer's trouble is not that of the others
+                problems.append(f"{one}: {error}")
+    if as_json:
+        emit_json([asdict(one) | {"month": str(one.month)} for one in found])
+    else:
+        _show_thresholds(found)
+    for problem in problems:
+        err.print(escape(problem), highlight=False)
+    if problems:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _show_thresholds(found: list[Unbilled]) -> None:
+    table = _table("account", "month", money=("used", "billed", "threshold"))
+    table.add_column("")
+    for state in found:
+        amounts = (plain(amount) for amount in (state.used, state.billed, state.threshold))
+        table.add_row(escape(state.payer), str(state.month), *amounts, _issued(state.made) if state.made else "")
+    out.print(table)
+
+
+# -- the rest
+
+
+def _say(done: Credited | Made | Settled | voids.Voided, text: str, *, as_json: bool) -> None:
+    if as_json:
+        emit_json(asdict(done))
+    else:
+        out.print(escape(text), highlight=False)
+
+
+@contextmanager
+def _connected(settings: Settings) -> Iterator["Connection[Any]"]:
+    """A connection, each statement its own transaction. What does not exist ends with exit code 3."""
+    with connect(settings.dsn, application="invoices", autocommit=True) as connection:
+        try:
+            yield connection
+        except LookupError as error:
+            fail(str(error), EXIT_NOT_FOUND)
+
+
+render.commands(invoices)
