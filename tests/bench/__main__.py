@@ -1,6 +1,7 @@
 """``python -m tests.bench [NAME …]``: one JSON line per figure on stdout as it comes, a table on stderr at the end.
 
-Without names, all that take minutes; ``state``, ``sink_20m`` and ``close_100k`` take long and are measured when named.
+Without names, all that take minutes; ``state``, ``sink_20m``, ``close_100k`` and ``line_events`` take long and are
+measured when named.
 A measurement that fails does not lose the others: its error goes to stderr, and the exit code is 1.
 """
 
@@ -21,6 +22,7 @@ from pipeline.infra.settings import Settings
 from tests.bench import world
 from tests.bench.backtests import backtests
 from tests.bench.closes import close, close_100k
+from tests.bench.documents import line_events, pdfs
 from tests.bench.end_to_end import end_to_end, producer
 from tests.bench.figures import RUNS, Figure, Skipped, median
 from tests.bench.raters import catalog, many_keys, rater, scale
@@ -57,6 +59,7 @@ FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "end_to_end": end_to_end,
     "backtest": backtests,
     "close": close,
+    "pdfs": pdfs,
     "recovery": recovery,
 }
 #: Only when named: each takes many minutes and gigabytes of disk.
@@ -64,6 +67,7 @@ LONG: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "state": state_and_rater,
     "sink_20m": sink_20m,
     "close_100k": close_100k,
+    "line_events": line_events,
 }
 
 #: Of the table where there is no terminal to fit, characters.
