@@ -40,6 +40,7 @@ from pipeline.billing.statements import (
     hold,
     read_booked,
 )
+from pipeline.billing.unit_credits import UnitDraw, Units
 from pipeline.core.catalog import Catalog
 from pipeline.core.credit_notes import reversal
 from pipeline.core.credits import Grant, minor_step
@@ -70,10 +71,13 @@ class Adjustment:
     tax_date: date
     #: Reversals and new lines, as ``reckoning.reckon(settled=...)`` takes them.
     lines: tuple[tuple[Line, NewLine], ...]
-    #: What the month's open supplements lack to stand at the closing prices, with the account: book it.
+    #: What the month's open supplements lack to stand at the closing prices, with the account: book it. Containers hold
+    #: what several sellers bill, so of a month's adjustments the first one in a currency has them, and its containers.
     entries: tuple[tuple[str, CloseEntry], ...]
     #: Open containers that are billed with it: set them to issued with the document.
     containers: tuple[int, ...]
+    #: What the month draws from unit credits beyond what it drew before, or gives back: book it with the entries.
+    units: tuple[UnitDraw, ...]
     #: Net credits that its own invoice drew and that the month does not need any more, by grant.
     unneeded_credits: dict[int, Minor]
 
@@ -85,28 +89,65 @@ class Adjustment:
 
 # -- which months
 
-# In the order of ids, as the sink takes them: whoever holds several containers took them so.
-_LOCK_OPEN = "SELECT id FROM billing.invoice WHERE account = ANY(%s) AND state = 'open' ORDER BY id FOR NO KEY UPDATE"
+
+class OpenContainer(NamedTuple):
+    """An open container, which may be of a period that was closed before."""
+
+    id: int
+    account: str
+    period_end: datetime
 
 
-def lock_open(connection: "Connection[Any]", accounts: Collection[str]) -> None:
-    """Hold all open containers of the accounts until the transaction ends; what is created later has a higher id.
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A closed month with open containers. Who paid for it then, and for whom, may pay otherwise by now."""
 
-    Call it before ``statements.hold``: a container of a month before may come behind the month's own, and two that
-    take them in different orders wait for each other.
-    """
-    connection.execute(_LOCK_OPEN, [sorted(accounts)])
+    month: Month
+    payer: str
+    #: Those on the payer's invoice of the month, itself among them.
+    accounts: tuple[str, ...]
 
 
-_SELECT_OPEN = "SELECT account, period_end FROM billing.invoice WHERE account = ANY(%s) AND state = 'open'"
-_SELECT_CLOSED = """
-SELECT DISTINCT task.payer, run.month
-FROM billing.close_task AS task JOIN billing.close_run AS run ON run.id = task.run_id
-WHERE task.payer = ANY(%s) AND task.outcome IN ('issued', 'nothing', 'no_contract')
+_SELECT_CONCERNED = """
+SELECT unnest(%(accounts)s::text[])
+UNION SELECT unnest(members) FROM billing.close_task WHERE payer = ANY(%(accounts)s) AND cardinality(members) > 1
 """
-_SELECT_INVOICES = """
-SELECT account, period_end, state::text FROM billing.document
-WHERE account = ANY(%s) AND kind = 'invoice' AND state <> 'void'
+
+
+def concerned(connection: "Connection[Any]", accounts: Collection[str]) -> list[str]:
+    """The accounts, and those that were on an invoice of one of them: what comes late of that month is billed there."""
+    return sorted(id for (id,) in connection.execute(_SELECT_CONCERNED, {"accounts": sorted(accounts)}))
+
+
+_SELECT_OPEN = "SELECT id, account, period_end FROM billing.invoice WHERE account = ANY(%s) AND state = 'open'"
+# In the order of ids, as the sink takes them: whoever holds several containers took them so.
+_LOCK_OPEN = f"{_SELECT_OPEN} ORDER BY id FOR NO KEY UPDATE"
+
+
+def read_open(connection: "Connection[Any]", accounts: Collection[str]) -> list[OpenContainer]:
+    """The accounts' open containers."""
+    return [OpenContainer(*row) for row in connection.execute(_SELECT_OPEN, [sorted(accounts)])]
+
+
+def lock_open(connection: "Connection[Any]", accounts: Collection[str]) -> list[OpenContainer]:
+    """Hold all open containers of the accounts until the transaction ends, and no others: these may be closed.
+
+    The sink may make a further one any time, which has a higher id; its usage is for the next document. Call it before
+    ``statements.hold``: a container of a month before may come behind the month's own, and two that take them in
+    different orders wait for each other.
+    """
+    return [OpenContainer(*row) for row in connection.execute(_LOCK_OPEN, [sorted(accounts)])]
+
+
+_SELECT_CLOSED = """
+SELECT task.payer, run.month, task.members
+FROM billing.close_task AS task JOIN billing.close_run AS run ON run.id = task.run_id
+WHERE task.payer = ANY(%s) AND run.month = ANY(%s) AND task.outcome IN ('issued', 'nothing', 'no_contract')
+ORDER BY task.outcome = 'no_contract', run.id
+"""
+_SELECT_WAITING = """
+SELECT account, period_end FROM billing.document
+WHERE account = ANY(%s) AND kind = 'invoice' AND state IN ('draft', 'reviewed')
 """
 
 
@@ -114,37 +155,55 @@ def late_months(
     connection: "Connection[Any]",
     catalog: Catalog,
     members: Mapping[str, Collection[str]],
+    opened: Iterable[OpenContainer],
     *,
     before: Month | None = None,
-) -> dict[str, list[Month]]:
+) -> dict[str, list[Late]]:
     """Months that were closed and have open containers, by payer, the earliest first; only those ``before`` a month.
 
     A month whose invoice waits for review or for its issue is not closed yet. ``members``: of each payer the accounts
-    on its invoice, itself among them. One statement for all payers where nothing is late.
+    on its invoice now, itself among them; it is asked for what these were billed as payers then. ``opened``: of the
+    ``concerned`` accounts. No statement where nothing is late.
     """
-    payer_of = {account: payer for payer, accounts in members.items() for account in accounts}
-    rows = connection.execute(_SELECT_OPEN, [sorted(payer_of)]).fetchall()
-    late = {(payer_of[account], _month_of(catalog, account, end)) for account, end in rows}
+    late = {(one.account, month_of(catalog, one.account, one.period_end)) for one in opened}
     if before is not None:
         late = {one for one in late if _order(one[1]) < _order(before)}
+    return as_billed(connection, catalog, members, late)
+
+
+def as_billed(
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    members: Mapping[str, Collection[str]],
+    late: Collection[tuple[str, Month]],
+) -> dict[str, list[Late]]:
+    """Accounts' months as they were closed, by who pays for it now; without those that were not closed, or wait."""
     if not late:
         return {}
-    payers = sorted({payer for payer, _ in late})
-    closed = {(payer, Month.parse(month)) for payer, month in connection.execute(_SELECT_CLOSED, [payers])}
-    for payer, end, state in connection.execute(_SELECT_INVOICES, [payers]).fetchall():
-        of = payer, _month_of(catalog, payer, end)
-        closed = closed | {of} if state == "issued" else closed - {of}
-    months: defaultdict[str, list[Month]] = defaultdict(list)
-    for payer, month in sorted(late & closed, key=lambda one: (one[0], _order(one[1]))):
-        months[payer].append(month)
-    return dict(months)
+    pays_now = {account: payer for payer, accounts in members.items() for account in accounts}
+    asked = sorted(pays_now), sorted({str(month) for _, month in late})
+    waiting = {(payer, month_of(catalog, payer, end)) for payer, end in connection.execute(_SELECT_WAITING, [asked[0]])}
+    paid_by: dict[tuple[str, Month], str] = {}
+    for payer, named, accounts in connection.execute(_SELECT_CLOSED, asked):
+        month = Month.parse(named)
+        for account in accounts if (payer, month) not in waiting else ():
+            paid_by.setdefault((account, month), payer)
+    found: defaultdict[str, list[Late]] = defaultdict(list)
+    for payer, month in sorted({(paid_by[one], one[1]) for one in late if one in paid_by}, key=_payer_order):
+        accounts = tuple(sorted(account for (account, of), by in paid_by.items() if (by, of) == (payer, month)))
+        found[pays_now[payer]].append(Late(month, payer, accounts))
+    return {payer: sorted(months, key=lambda one: _order(one.month)) for payer, months in found.items()}
+
+
+def _payer_order(one: tuple[str, Month]) -> tuple[str, tuple[int, int]]:
+    return one[0], _order(one[1])
 
 
 def _order(month: Month) -> tuple[int, int]:
     return month.year, month.month
 
 
-def _month_of(catalog: Catalog, account: str, end: datetime) -> Month:
+def month_of(catalog: Catalog, account: str, end: datetime) -> Month:
     """The month that a period's last instant lies in, by the account's clock."""
     known = catalog.accounts.get(account)
     zone = ZoneInfo(known.time_zone if known else "UTC")
@@ -156,40 +215,55 @@ def _month_of(catalog: Catalog, account: str, end: datetime) -> Month:
 
 
 def restate(
-    connection: "Connection[Any]", catalog: Catalog, payer: str, accounts: Collection[str], month: Month
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    late: Late,
+    opened: Iterable[OpenContainer],
+    units: Units | None = None,
 ) -> list[Adjustment]:
     """What a closed month is billed differently, by legal entity and currency. Writes nothing.
 
-    For a transaction that holds the accounts' containers (``lock_open``) and the payer's grants. Nothing to bill is an
-    Adjustment without lines, whose entries and containers are settled all the same.
+    For a transaction that holds the accounts' open containers, ``opened`` (``lock_open``), and the payer's grants.
+    Nothing to bill is an Adjustment without lines, whose entries and containers are settled all the same.
+
+    The month has the unit credits it drew, and of those that count at its events' time what is left by now. ``units``
+    goes on with what it leaves of them; None: nothing else is reckoned in the transaction.
 
     Raises NotAdjustable for usage that has no price, and for a legal entity or customer that is not known.
     """
-    seen = look(connection, catalog, payer, accounts, month)
+    payer, month = late.payer, late.month
+    closable = {one.id for one in opened}
+    seen = look(connection, catalog, payer, late.accounts, month, units or Units(connection, late.accounts))
     originals = _originals(connection, payer, seen.period)
-    found = []
+    found: list[Adjustment] = []
     for place in sorted(seen.owed.keys() | seen.standing.keys()):
-        original = originals.get(place)
-        basis = _basis(connection, catalog, payer, place, month, original)
-        # What a window that goes on adds is settled anew with every later invoice.
-        promised = [due for due in committed(connection, catalog, seen, place, basis) if seen.is_over(due)]
-        owed = [*seen.owed.get(place, ()), *promised]
-        lines, drawn = restated(owed, seen.standing_for(place, owed), basis, place.currency, original)
-        found.append(
-            Adjustment(
-                payer=payer,
-                legal_entity=place.legal_entity,
-                currency=place.currency,
-                month=month,
-                period=seen.period,
-                original=None if original is None else original.id,
-                tax_date=basis.tax_date,
-                lines=tuple(lines),
-                entries=seen.entries_in(place.currency),
-                containers=seen.open_in(place.currency),
-                unneeded_credits=_unneeded(basis.grants, drawn, place.currency),
+        parts = seen.parts(place)
+        for number, (part, owed, standing) in enumerate(parts, 1):
+            is_first = all(one.currency != place.currency for one in found)
+            original = next((one for one in originals.get(place, ()) if part in (None, one.period)), None)
+            basis = _basis(connection, catalog, payer, place, month, original)
+            if number == len(parts):
+                # What a window that goes on adds is settled anew with every later invoice.
+                promised = [due for due in committed(connection, catalog, seen, place, basis) if seen.is_over(due)]
+                owed = [*owed, *promised]
+                standing = [*standing, *seen.committed_before(place, promised)]
+            lines, drawn = restated(owed, standing, basis, place.currency, original)
+            found.append(
+                Adjustment(
+                    payer=payer,
+                    legal_entity=place.legal_entity,
+                    currency=place.currency,
+                    month=month,
+                    period=seen.period,
+                    original=None if original is None else original.id,
+                    tax_date=basis.tax_date,
+                    lines=tuple(lines),
+                    entries=seen.entries_in(place.currency) if is_first else (),
+                    containers=seen.open_in(place.currency, closable) if is_first else (),
+                    units=seen.units_in(place.currency) if is_first else (),
+                    unneeded_credits=_unneeded(basis.grants, drawn, place.currency),
+                )
             )
-        )
     return found
 
 
@@ -211,45 +285,98 @@ class Seen:
     #: What usage and fees come to; commitments are reckoned on it (``committed``).
     owed: Mapping[Place, Sequence[Due]]
     standing: Mapping[Place, Sequence[Booked]]
+    #: The period that each due of these is owed for.
+    period_of: Mapping[Key, Period]
     #: What open containers lack to stand at their closing prices.
     entries: tuple[tuple[str, CloseEntry], ...]
     containers: tuple[Container, ...]
+    #: What the accounts draw from unit credits beyond what they drew before.
+    units: tuple[UnitDraw, ...]
+
+    def units_in(self, currency: str) -> tuple[UnitDraw, ...]:
+        return tuple(one for one in self.units if one.currency == currency)
 
     def entries_in(self, currency: str) -> tuple[tuple[str, CloseEntry], ...]:
         return tuple(one for one in self.entries if one[1].terms.currency == currency)
 
     def standing_for(self, place: Place, owed: Iterable[Due]) -> list[Booked]:
         """What was billed and is owed, or is no longer: all but what commitments added that are not looked at."""
+        used = [one for one in self.standing.get(place, ()) if one.key.kind != "commitment"]
+        return [*used, *self.committed_before(place, owed)]
+
+    def committed_before(self, place: Place, owed: Iterable[Due]) -> list[Booked]:
+        """What was billed for the commitments among these."""
         keys = {due.key for due in owed}
-        return [one for one in self.standing.get(place, ()) if one.key.kind != "commitment" or one.key in keys]
+        return [one for one in self.standing.get(place, ()) if one.key.kind == "commitment" and one.key in keys]
+
+    def parts(self, place: Place) -> list[tuple[Period | None, list[Due], list[Booked]]]:
+        """What is owed and stands, but for commitments, by the invoice that it is on, with the period of that one.
+
+        An account that is billed alone has an invoice for each of its periods; any other payer one, here of None.
+        """
+        owed, standing = list(self.owed.get(place, ())), self.standing_for(place, ())
+        periods = list(dict.fromkeys(of.period for of in self.periods))
+        if len(periods) < 2 or len({of.account for of in self.periods}) > 1:
+            return [(None, owed, standing)]
+        of_contract = {key.contract: period for key, period in self.period_of.items()}
+
+        def period_of(key: Key) -> Period:
+            found = self.period_of.get(key) or of_contract.get(key.contract)
+            return found or next(one for one in periods if one.start_us <= key.segment_start_us < one.end_us)
+
+        return [
+            (
+                period,
+                [due for due in owed if period_of(due.key) == period],
+                [one for one in standing if period_of(one.key) == period],
+            )
+            for period in periods
+        ]
 
     def is_over(self, due: Due) -> bool:
         """Whether its service period ended with the month."""
         ends = {of.account: of.period.end_us for of in self.periods}
         return due.service.end_us <= ends[due.key.account]
 
-    def open_in(self, currency: str) -> tuple[int, ...]:
-        return tuple(one.id for one in self.containers if one.state == "open" and one.currency == currency)
+    def open_in(self, currency: str, closable: Collection[int]) -> tuple[int, ...]:
+        """Of the open containers those that are held: usage may come to others while this is reckoned."""
+        return tuple(
+            one.id for one in self.containers if one.state == "open" and one.currency == currency and one.id in closable
+        )
 
 
-def look(connection: "Connection[Any]", catalog: Catalog, payer: str, accounts: Collection[str], month: Month) -> Seen:
+def look(
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    payer: str,
+    accounts: Collection[str],
+    month: Month,
+    units: Units,
+) -> Seen:
     """What a payer owes for a month and was billed for it, over all containers. Writes nothing. Raises as restate."""
     stands = hold(connection, catalog, accounts, month, lock=False)
     entities = load(connection, applied_until=mark(connection), on=date.max, accounts=())
     owed: defaultdict[Place, list[Due]] = defaultdict(list)
+    period_of: dict[Key, Period] = {}
     lacking: list[tuple[str, CloseEntry]] = []
+    drawn: list[UnitDraw] = []
     for of, one in stands.items():
-        closed = _priced(connection, catalog, of)
+        closed = _priced(connection, catalog, of, units.there_for(one))
         lacking += [(of.account, entry) for entry in entries_of(closed, [line.stored for line in one.lines])]
-        for due in dues(catalog, one, closed):
+        of_account = dues(catalog, one, closed)
+        drawn += units.draw(one, of_account)
+        for due in of_account:
             owed[_place(payer, due, entities)].append(due)
+            period_of[due.key] = of.period
     return Seen(
         period=month.period_in(catalog.accounts[payer].time_zone),
         periods=tuple(stands),
         owed=dict(owed),
         standing=_standing(connection, accounts, stands),
+        period_of=period_of,
         entries=tuple(lacking),
         containers=tuple(container for one in stands.values() for container in one.containers),
+        units=tuple(drawn),
     )
 
 
@@ -302,6 +429,7 @@ class Original:
 
     id: int
     number: str
+    period: Period
     issue_date: date
     tax_date: date
     applied_until: datetime
@@ -410,10 +538,12 @@ def _unneeded(grants: Iterable[Grant], drawn: Mapping[str, Minor], currency: str
     return {grant: amount for grant, amount in left.items() if amount > 0}
 
 
-def _priced(connection: "Connection[Any]", catalog: Catalog, of: AccountPeriod) -> ClosedPeriod:
+def _priced(
+    connection: "Connection[Any]", catalog: Catalog, of: AccountPeriod, grants: Sequence[Grant]
+) -> ClosedPeriod:
     """A period at its closing prices, from its events: late ones may have come under other prices than the first."""
     try:
-        closed = price_period(connection, catalog, of.account, of.period)
+        closed = price_period(connection, catalog, of.account, of.period, grants=grants)
     except ValueError as error:
         raise NotAdjustable(f"{of.account}: {error}") from error
     if closed.refused:
@@ -447,22 +577,23 @@ def _standing(
 
 
 _SELECT_ORIGINALS = """
-SELECT document.legal_entity, document.currency, document.id, document.number, document.issue_date, document.tax_date,
-    coalesce(run.invoicing_mark, document.issued_at)
+SELECT document.legal_entity, document.currency, document.id, document.number, document.period_start,
+    document.period_end, document.issue_date, document.tax_date, coalesce(run.invoicing_mark, document.issued_at)
 FROM billing.document LEFT JOIN billing.close_run AS run ON run.id = document.run_id
 WHERE document.account = %s AND document.kind = 'invoice' AND document.state = 'issued'
     AND document.period_end > %s AND document.period_end <= %s
-ORDER BY document.id
+ORDER BY document.id DESC
 """
 
 
-def _originals(connection: "Connection[Any]", payer: str, month: Period) -> dict[Place, Original]:
-    """The payer's own invoices of the month."""
+def _originals(connection: "Connection[Any]", payer: str, month: Period) -> dict[Place, list[Original]]:
+    """The payer's own invoices of the month, the last one first."""
     bounds = [payer, to_datetime(month.start_us), to_datetime(month.end_us)]
-    return {
-        Place(legal_entity, currency): Original(*rest)
-        for legal_entity, currency, *rest in connection.execute(_SELECT_ORIGINALS, bounds)
-    }
+    found: defaultdict[Place, list[Original]] = defaultdict(list)
+    for entity, currency, id, number, start, end, *rest in connection.execute(_SELECT_ORIGINALS, bounds):
+        period = Period(to_micros(start), to_micros(end))
+        found[Place(entity, currency)].append(Original(id, number, period, *rest))
+    return found
 
 
 def _basis(
@@ -492,7 +623,15 @@ def _basis(
         customer,
         known.taxes,
         tax_date,
-        coupons=coupons_of(connection, payer, place, _day(period.start_us, zone), known, customer),
+        coupons=coupons_of(
+            connection,
+            payer,
+            to_datetime(original.period.start_us if original else period.start_us),
+            zone,
+            known,
+            customer,
+            place.currency,
+        ),
         grants=_net_grants(connection, payer, place.currency, original) if original else (),
     )
 
@@ -502,17 +641,23 @@ def _day(at_us: Micros, zone: str) -> date:
 
 
 _SELECT_USES = """
-SELECT coupon, count(*) FROM billing.coupon_use
-WHERE account = %s AND legal_entity = %s AND currency = %s AND period_start < %s GROUP BY coupon
+SELECT coupon, count(DISTINCT period_start) FROM billing.coupon_use
+WHERE account = %s AND period_start < %s GROUP BY coupon
 """
 
 
 def coupons_of(
-    connection: "Connection[Any]", payer: str, place: Place, first_day: date, known: Invoicing, customer: Customer
+    connection: "Connection[Any]",
+    payer: str,
+    start: datetime,
+    time_zone: str,
+    known: Invoicing,
+    customer: Customer,
+    currency: str,
 ) -> list[Coupon]:
-    """The coupons that counted for the month: uses of later months do not take them away from it."""
-    used = dict(connection.execute(_SELECT_USES, [payer, *place, first_day]).fetchall())
-    return usable(customer.coupons, known.coupons, used, first_day, place.currency)
+    """The coupons that counted for an invoice by its period's start: later uses do not take them away from it."""
+    used = dict(connection.execute(_SELECT_USES, [payer, start]).fetchall())
+    return usable(customer.coupons, known.coupons, used, start.astimezone(ZoneInfo(time_zone)).date(), currency)
 
 
 # What a credit note gave back is a gift beside it: the month's own discount stays.

@@ -45,7 +45,16 @@ _AWAY_MAX_S, _AWAY_STEP_S = 120.0, 0.5
 _FAILED_MAX = 100
 
 #: What one payer's trouble looks like where it was not foreseen: others are closed without it.
-_TROUBLE = (ValueError, LookupError, psycopg.IntegrityError, psycopg.DataError, psycopg.errors.RaiseException)
+_TROUBLE = (
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    LineMoved,
+    psycopg.IntegrityError,
+    psycopg.DataError,
+    psycopg.errors.RaiseException,
+)
 
 
 class NotClosable(Exception):
@@ -290,7 +299,7 @@ def _close_some(
             close_tasks(connection, known, tasks, now=clock(), actor=actor, reached=reached)
         reached(Step.COMMITTED)
         _refresh(connection, [member for task in tasks for member in task.members])
-    except (*_TROUBLE, LineMoved) as error:
+    except _TROUBLE as error:
         log.warning("closing payers one by one", payers=len(tasks), error=str(error))
         for task in tasks:
             _close_one(connection, known, task, actor, reached, clock)
@@ -318,7 +327,9 @@ def _close_one(
         with connection.transaction():
             if taken := queue.claim_one(connection, known.run.id, task.payer):
                 close_tasks(connection, known, taken, now=clock(), actor=actor, reached=reached)
-    except (*_TROUBLE, LineMoved) as error:
+    except _TROUBLE as error:
         with connection.transaction():
             if queue.claim_one(connection, known.run.id, task.payer):
-                queue.mark(connection, known.run.id, [Done(task.payer, None, problem=str(error).strip())])
+                queue.mark(
+                    connection, known.run.id, [Done(task.payer, None, problem=str(error).strip() or repr(error))]
+                )

@@ -19,7 +19,16 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.billing import queue
-from pipeline.billing.adjustments import Adjustment, late_months, lock_open, restate
+from pipeline.billing.adjustments import (
+    Adjustment,
+    Late,
+    OpenContainer,
+    concerned,
+    late_months,
+    lock_open,
+    read_open,
+    restate,
+)
 from pipeline.billing.close_entries import CloseEntry, book_all
 from pipeline.billing.close_money import Money, Wallet, coupon_uses, read_money, read_uses_of, roll_over_ended, settle
 from pipeline.billing.commitments import commitment_dues, promising
@@ -57,9 +66,12 @@ from pipeline.billing.statements import (
     fee_due,
     hold,
     key_of,
+    make_containers,
     price,
     read_booked,
 )
+from pipeline.billing.unit_credits import UnitDraw, Units
+from pipeline.billing.unit_credits import book as book_units
 from pipeline.core import fx
 from pipeline.core.catalog import Catalog
 from pipeline.core.discounts import line_discounts, usable
@@ -154,6 +166,8 @@ class Payer:
     documents: list[Prepared] = field(default_factory=list)
     #: Earlier invoices whose months need less of their net credits now, with these: by grant, in smallest units.
     unneeded: list[tuple[int, str, dict[int, Minor]]] = field(default_factory=list)
+    #: What its accounts draw from unit credits.
+    units: list[UnitDraw] = field(default_factory=list)
     problem: str | None = None
 
     @property
@@ -173,7 +187,7 @@ def close_tasks(
 ) -> list[Done]:
     """Close payers that were taken in this transaction (``queue.claim``), all in it.
 
-    1. Hold their containers, in the sink's order, those that are missing made first; then what pays: credits, balances.
+    1. Make the containers that are missing, then hold all, in the sink's order; then what pays: credits, balances.
     2. Price them, and reckon their documents. Nothing is written until here but empty containers.
     3. Book close entries.
     4. Write documents as drafts, with lines, taxes and discounts.
@@ -186,14 +200,16 @@ def close_tasks(
     """
     # Step 1.
     accounts = sorted({member for task in tasks for member in task.members})
-    catalog = with_accounts(connection, known.prices, accounts, until=known.run.catalog_seq)
-    lock_open(connection, accounts)
+    billed = concerned(connection, accounts)
+    catalog = with_accounts(connection, known.prices, billed, until=known.run.catalog_seq)
+    make_containers(connection, catalog, accounts, known.month)
+    opened = lock_open(connection, billed)
     held = hold(connection, catalog, accounts, known.month, lock=True)
     roll_over_ended(connection, catalog, accounts, now, actor)
-    money = read_money(connection, accounts, lock=True)
+    money = read_money(connection, billed, lock=True)
     reached(Step.HELD)
     # Step 2.
-    payers = reckon_payers(connection, known, catalog, tasks, held, money, now=now, actor=actor)
+    payers = reckon_payers(connection, known, catalog, tasks, held, opened, money, now=now, actor=actor)
     good = [payer for payer in payers if payer.problem is None]
     issuing = [payer for payer in good if not payer.waits]
     reached(Step.RECKONED)
@@ -228,10 +244,12 @@ def preview_tasks(
 ) -> list[Payer]:
     """What ``close_tasks`` would write for these payers now, without writing or holding anything."""
     accounts = sorted({member for task in tasks for member in task.members})
-    catalog = with_accounts(connection, known.prices, accounts, until=known.run.catalog_seq)
+    billed = concerned(connection, accounts)
+    catalog = with_accounts(connection, known.prices, billed, until=known.run.catalog_seq)
+    opened = read_open(connection, billed)
     held = hold(connection, catalog, accounts, known.month, lock=False)
     money = read_money(connection, accounts, lock=False)
-    return reckon_payers(connection, known, catalog, tasks, held, money, now=now, actor=actor)
+    return reckon_payers(connection, known, catalog, tasks, held, opened, money, now=now, actor=actor)
 
 
 # Step 2: what documents there are to be -----------------------------------------------------------------------------
@@ -243,12 +261,16 @@ def reckon_payers(
     catalog: Catalog,
     tasks: Sequence[Task],
     held: Mapping[AccountPeriod, Held],
+    opened: Sequence[OpenContainer],
     money: Money,
     *,
     now: datetime,
     actor: str,
 ) -> list[Payer]:
-    """Price payers and reckon their documents, in the order of the tasks; writes nothing."""
+    """Price payers and reckon their documents, in the order of the tasks; writes nothing.
+
+    ``opened``: open containers of the accounts that are ``adjustments.concerned``; these may be closed.
+    """
     periods: defaultdict[str, list[Held]] = defaultdict(list)
     for one in held.values():
         periods[one.account].append(one)
@@ -259,11 +281,14 @@ def reckon_payers(
     for line in read_booked(connection, members, min(starts)):
         booked[line.key.account].append(line)
     promised = promising(connection, members)
-    drafts = [_draft_of(connection, known, catalog, task, periods, booked, promised) for task in tasks]
-    late = late_months(connection, catalog, {task.payer: task.members for task in tasks}, before=known.month)
+    drafts = [_Draft(Payer(task)) for task in tasks]
+    late = late_months(connection, catalog, {task.payer: task.members for task in tasks}, opened, before=known.month)
+    units = Units(connection, members)
     for draft in drafts:
+        # Before the month itself: credits are drawn in order of time.
         for month in late.get(draft.payer.task.payer, ()):
-            _adjust(connection, catalog, draft, month)
+            _adjust(connection, catalog, draft, month, opened, units)
+        _bill_month(connection, known, catalog, draft, periods, booked, promised, units)
     setting = _Setting(connection, known, catalog, money, now, actor)
     setting.load(drafts)
     for draft in drafts:
@@ -292,21 +317,27 @@ class _Draft:
     adjustments: list[Adjustment] = field(default_factory=list)
 
 
-def _draft_of(
+def _bill_month(
     connection: "Connection[Any]",
     known: Known,
     catalog: Catalog,
-    task: Task,
+    draft: _Draft,
     periods: Mapping[str, Sequence[Held]],
     booked: Mapping[str, Sequence[Booked]],
     promised: Collection[str],
-) -> _Draft:
-    draft = _Draft(Payer(task))
+    units: Units,
+) -> None:
+    """Add what the month that is closed is billed."""
+    task = draft.payer.task
+    if draft.payer.problem is not None:
+        return
     try:
-        own = [_owed(connection, known, catalog, member, periods[member], draft.payer) for member in task.members]
+        own = [
+            _owed(connection, known, catalog, member, periods[member], draft.payer, units) for member in task.members
+        ]
     except ValueError as error:
         draft.payer.problem = str(error)
-        return draft
+        return
     whole = draft.period = _shared_period(task, periods, known, catalog)
     for member, owed in zip(task.members, own, strict=True):
         draft.periods[member] = owed.periods
@@ -323,22 +354,29 @@ def _draft_of(
                 if period in owed.periods:
                     shown = period if len(task.members) == 1 else whole
                     draft.groups.setdefault(Group(due.legal_entity, due.currency, shown), [])
-    return draft
 
 
-def _adjust(connection: "Connection[Any]", catalog: Catalog, draft: _Draft, month: Month) -> None:
+def _adjust(
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    draft: _Draft,
+    late: Late,
+    opened: Sequence[OpenContainer],
+    units: Units,
+) -> None:
     """Add what a closed month is billed differently, since usage of it came late."""
     payer = draft.payer
     if payer.problem is not None:
         return
     try:
-        found = restate(connection, catalog, payer.task.payer, payer.task.members, month)
+        found = restate(connection, catalog, late, opened, units)
     except ValueError as error:
         payer.problem = str(error)
         return
     for one in found:
         payer.entries += one.entries
         payer.containers += one.containers
+        payer.units += one.units
         if one.lines:
             draft.adjustments.append(one)
         if one.unneeded_credits and one.original is not None:
@@ -366,6 +404,7 @@ def _owed(
     account: str,
     periods: Sequence[Held],
     payer: Payer,
+    units: Units,
 ) -> _Owed:
     found: list[tuple[Period, Due]] = []
     priced: list[Period] = []
@@ -379,9 +418,11 @@ def _owed(
         if states & {"issued", "void"}:  # what came since, in supplements, is for adjustments
             payer.closed += 1
             continue
-        closed = price(connection, catalog, one, known.meters)
+        closed = price(connection, catalog, one, known.meters, units.there_for(one))
         payer.entries += [(account, entry) for entry in entries_of(closed, [line.stored for line in one.lines])]
-        found += [(one.period, due) for due in dues(catalog, one, closed)]
+        owed = dues(catalog, one, closed)
+        payer.units += units.draw(one, owed)
+        found += [(one.period, due) for due in owed]
         contracts.update(segment.contract.id for segment in closed.segments)
         containers += [container.id for container in one.containers]
         priced.append(one.period)
@@ -412,6 +453,8 @@ def _is_over(owed: _Owed, booked: Booked) -> bool:
     """Whether a line was booked of which nothing is due any more: a fee in advance, or a bill within the period."""
     if booked.kind == "fee" and booked.line_id is None:
         return booked.service.end_us > owed.month.start_us
+    if booked.kind == "progress":  # of a contract that another one stands in for, too
+        return bool(owed.periods) and booked.service.end_us <= owed.month.end_us
     return booked.key.contract in owed.contracts and any(
         period.start_us <= booked.service.start_us and booked.service.end_us <= period.end_us for period in owed.periods
     )
@@ -423,11 +466,11 @@ def _month_of(catalog: Catalog, account: str, month: Month) -> Period:
 
 
 def _shared_period(task: Task, periods: Mapping[str, Sequence[Held]], known: Known, catalog: Catalog) -> Period:
-    """The period of a consolidated document: the payer's own, else from the first start to the last end."""
+    """The period of a consolidated document: the payer's own, else from its members' first start to last end."""
     own = periods[task.payer]
     if own:
         return own[-1].period
-    every = [one.period for held in periods.values() for one in held]
+    every = [one.period for member in task.members for one in periods[member]]
     if not every:
         return _month_of(catalog, task.payer, known.month)
     return Period(min(period.start_us for period in every), max(period.end_us for period in every))
@@ -449,6 +492,7 @@ class _Setting:
         self._money, self._now, self._actor = money, now, actor
         self._invoicing: dict[date, Invoicing] = {}
         self._rates: dict[tuple[date, frozenset[str]], list[fx.Rate]] = {}
+        self._used: dict[str, dict[str, int]] = {}
 
     def load(self, drafts: Iterable[_Draft]) -> None:
         payers: defaultdict[date, set[str]] = defaultdict(set)
@@ -468,13 +512,14 @@ class _Setting:
         """Reckon a payer's documents, in the order of their groups. Raises ValueError, saying what to settle."""
         name = draft.payer.task.payer
         self._check_credits(draft)
-        bases = {group: self._basis(name, group) for group in draft.groups}
+        bases = self._by_seller(draft)
         settled: defaultdict[Group, list[tuple[Line, NewLine]]] = defaultdict(list)
         for one in draft.adjustments:
             settled[self._group_for(one, draft, bases)] += one.lines
         committed: set[tuple[str, Period]] = set()  # an account's commitment is settled once, whoever sells
+        taken: defaultdict[str, set[int]] = defaultdict(set)  # periods that coupons were used in, by their start
         for group in sorted(bases, key=_order):
-            left, basis = draft.groups.get(group, []), bases[group]
+            left, basis = draft.groups.get(group, []), self._with_coupons_left(name, group, bases[group], taken)
             if (group.currency, group.period) not in committed:
                 committed.add((group.currency, group.period))
                 left = [*left, *self._commitments(draft, group, basis)]
@@ -485,6 +530,8 @@ class _Setting:
             uses = read_uses_of(self._connection, left, basis.grants) if basis.grants else None
             reckoned = reckon(left, basis, currency=group.currency, uses=uses, settled=settled[group])
             self._money.take(wallet, reckoned.document)
+            for discount in reckoned.document.discounts:
+                taken[discount.coupon].add(group.period.start_us)
             document = compose(
                 reckoned,
                 basis,
@@ -498,6 +545,35 @@ class _Setting:
             shown_as = self._convert(basis, reckoned)
             container = draft.containers.get(group)
             draft.payer.documents.append(Prepared(name, basis, reckoned, document, shown_as, container))
+
+    def _by_seller(self, draft: _Draft) -> dict[Group, Basis]:
+        """Sort what is left to bill by its sellers, who are known now; what another one billed is for him to take back.
+
+        A contract may name no seller where there is one only, and may have gone over from one to the other.
+        """
+        name = draft.payer.task.payer
+        bases: dict[Group, Basis] = {}
+        groups: defaultdict[Group, list[Difference]] = defaultdict(list)
+        containers: dict[Group, int] = {}
+        for group, left in draft.groups.items():
+            basis = self._basis(name, group)
+            own = group._replace(legal_entity=basis.entity.id)
+            bases[own] = basis
+            groups[own] += ()
+            places = {own}
+            for one in left:
+                mine = tuple(line for line in one.taken_back if line.legal_entity == own.legal_entity)
+                if mine or one.due:
+                    groups[own].append(Difference(mine, one.due))
+                for line in one.taken_back:
+                    if line.legal_entity != own.legal_entity:
+                        place = own._replace(legal_entity=line.legal_entity)
+                        places.add(place)
+                        groups[place].append(Difference((line,), None))
+            if group in draft.containers:
+                containers |= dict.fromkeys(places, draft.containers[group])
+        draft.groups, draft.containers = dict(groups), containers
+        return {group: bases.get(group) or self._basis(name, group) for group in groups}
 
     def _commitments(self, draft: _Draft, group: Group, basis: Basis) -> list[Difference]:
         """What the commitments of the payer's accounts add to a document."""
@@ -549,12 +625,7 @@ class _Setting:
 
     def _check_credits(self, draft: _Draft) -> None:
         """Raise ValueError for credits that this close cannot settle: better no document than one that charges them."""
-        for account, periods in draft.periods.items():
-            if units := self._money.units_in(account, periods):
-                raise ValueError(
-                    f"{account} has unit credits (grant {', '.join(units)}), which the close cannot draw yet: "
-                    "`tally credits void` them, and grant their worth in money"
-                )
+        for account in draft.periods:
             if account != draft.payer.task.payer and (held := self._money.in_money(account)):
                 raise ValueError(
                     f"{account} has credits of its own (grant {', '.join(held)}) but is billed with "
@@ -594,9 +665,19 @@ class _Setting:
                 "`tally invoicing apply` says who buys"
             )
         first_day = self._day(payer, group.period.start_us)
-        used = coupon_uses(self._connection, payer) if customer.coupons else {}
-        coupons = usable(customer.coupons, invoicing.coupons, used, first_day, group.currency)
+        if payer not in self._used:
+            self._used[payer] = coupon_uses(self._connection, payer) if customer.coupons else {}
+        coupons = usable(customer.coupons, invoicing.coupons, self._used[payer], first_day, group.currency)
         return Basis(entity, customer, invoicing.taxes, tax_date, coupons)
+
+    def _with_coupons_left(self, payer: str, group: Group, basis: Basis, taken: Mapping[str, set[int]]) -> Basis:
+        """Without coupons that are used up by the payer's other documents of now, of other periods."""
+
+        def used(coupon: str) -> int:
+            return self._used[payer].get(coupon, 0) + len(taken.get(coupon, set()) - {group.period.start_us})
+
+        left = [one for one in basis.coupons if one.uses is None or used(one.id) < one.uses]
+        return basis if len(left) == len(basis.coupons) else replace(basis, coupons=left)
 
     def _last_day(self, payer: str, period: Period) -> date:
         """A document's tax date: the last day of its period, by the payer's clock."""
@@ -671,7 +752,7 @@ def _key_of(line: NewLine) -> Key:
 
 _SELECT_DRAFTS = """
 SELECT document.id FROM billing.document JOIN billing.close_run AS run ON run.id = document.run_id
-WHERE document.account = ANY(%s) AND run.month = %s AND document.kind = 'invoice' AND document.state = 'draft'
+WHERE document.account = ANY(%s) AND run.month = %s AND document.state = 'draft'
 """
 
 
@@ -703,6 +784,7 @@ def settle_money(
     note = f"close of {run.month}"
     settle(connection, documents, made, actor=actor, note=note)
     for payer in payers:
+        book_units(connection, payer.units, made, actor=actor, note=note)
         for original, currency, net in payer.unneeded:
             give_back(connection, original, currency, net=net, total=0, actor=actor, note=note)
 

@@ -27,6 +27,8 @@ class Cause(StrEnum):
     NO_USAGE = "no_usage"
     #: The charge is of class period: its rows were provisional.
     PROVISIONAL = "provisional"
+    #: Unit credits paid for a part of the quantity, or did before.
+    CREDITED = "credited"
     #: The charge's minimum was not reached.
     MINIMUM = "minimum"
     #: The prices, contract or meter valid at the events' time, by today's catalog, are not those they were rated by.

@@ -51,19 +51,6 @@ class Money:
             if one.grant.reduces != "units" and one.unit == wallet.currency
         )
 
-    def units_in(self, payer: str, periods: Iterable[Period]) -> list[str]:
-        """Ids of the payer's unit credits with anything left that count in one of these periods."""
-        spans = list(periods)
-        return [
-            one.grant.id
-            for one in self._grants.get(payer, ())
-            if one.grant.reduces == "units" and one.grant.amount > 0
-            if any(
-                one.grant.start_us < span.end_us and (one.grant.end_us is None or span.start_us < one.grant.end_us)
-                for span in spans
-            )
-        ]
-
     def in_money(self, account: str) -> list[str]:
         """Ids of an account's net and total credits with anything left."""
         grants = (one.grant for one in self._grants.get(account, ()))
@@ -95,12 +82,16 @@ GROUP BY account, legal_entity, currency
 
 
 def read_money(connection: "Connection[Any]", payers: Collection[str], *, lock: bool) -> Money:
-    """What accounts have; with ``lock`` nobody else draws on it until the transaction ends."""
+    """What accounts have; with ``lock`` nobody else draws on it, bills them or voids until the transaction ends.
+
+    Held even where there is nothing: of two months that are closed at once the second has to see what the first billed
+    ahead, and no document is voided while another one takes its lines back.
+    """
+    if lock:
+        lock_grants_of(connection, payers)
     having = [account for (account,) in connection.execute(_SELECT_HAVING, {"payers": sorted(payers)})]
     if not having:
         return Money({}, ())
-    if lock:
-        lock_grants_of(connection, having)
     balances = {
         Wallet(account, legal_entity, currency): scaled(amount, minor_units(currency))
         for account, legal_entity, currency, amount in connection.execute(_SELECT_BALANCES, [having])
@@ -150,7 +141,9 @@ def _as_long_again(start_us: Micros, end_us: Micros, time_zone: str) -> Micros:
     return end_us + (end_us - start_us)
 
 
-_SELECT_COUPON_USES = "SELECT coupon, count(*) FROM billing.coupon_use WHERE account = %s GROUP BY coupon"
+_SELECT_COUPON_USES = (
+    "SELECT coupon, count(DISTINCT period_start) FROM billing.coupon_use WHERE account = %s GROUP BY coupon"
+)
 
 
 def coupon_uses(connection: "Connection[Any]", payer: str) -> dict[str, int]:

@@ -110,7 +110,7 @@ SELECT line.charge, discount.amount, line.period_end FROM billing.document_disco
 JOIN billing.document_line AS line ON line.id = discount.document_line_id
 JOIN billing.document ON document.id = line.document_id
 WHERE line.account = %s AND document.currency = %s AND line.period_end > %s AND line.period_end <= %s
-    AND document.state = 'issued' AND document.kind = 'invoice' AND discount.coupon <> ''
+    AND document.state IN ('reviewed', 'issued') AND document.kind = 'invoice' AND discount.coupon <> ''
 """
 
 

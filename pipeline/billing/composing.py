@@ -1,6 +1,6 @@
 """From a document's arithmetic to the rows it is written as: what every document after an issued one shares."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -85,15 +85,26 @@ def tax_rows(document: Document) -> tuple[NewTax, ...]:
     )
 
 
-def converted(original: Issued, totals: Totals) -> Converted | None:
-    """A document that follows an issued one is shown at that one's rate, so that both sum to 0 in every currency."""
+def converted(original: Issued, earlier: Iterable[Totals], totals: Totals) -> Converted | None:
+    """A credit note on an issued document, after ``earlier`` ones, at that one's rate.
+
+    Cut from one ruler, what is credited so far, converted: so a document and the notes on all of it sum to 0 in every
+    currency, however many they are.
+    """
     if original.fx is None:
         return None
     quote, rate, day, source = original.fx
-    shown = fx.convert(
-        fx.Rate(original.currency, quote, rate, day, source), original.currency, net=totals.net, tax=totals.tax
+    before = tuple(earlier)
+    since, upto = (
+        fx.convert(
+            fx.Rate(original.currency, quote, rate, day, source),
+            original.currency,
+            net=-sum(note.net for note in notes),
+            tax=-sum(note.tax for note in notes),
+        )
+        for notes in (before, (*before, totals))
     )
-    return Converted(quote, rate, day, source, shown.net, shown.tax, shown.total)
+    return Converted(quote, rate, day, source, since.net - upto.net, since.tax - upto.tax, since.total - upto.total)
 
 
 def legal_entity(connection: "Connection[Any]", id: str, now: datetime) -> LegalEntity:

@@ -105,7 +105,7 @@ def credit(
         new = _new_document(original, cuts, reckoned, reason=reason, note=note, actor=actor)
         (note_id,) = write_drafts(connection, [new])
         entity = legal_entity(connection, original.legal_entity, now)
-        draft = ToIssue(note_id, "credit_note", entity, converted(original, reckoned.totals))
+        draft = ToIssue(note_id, "credit_note", entity, converted(original, earlier.totals, reckoned.totals))
         (number,) = issue(connection, [draft], now=now, actor=actor)
         # Step 4.
         taken_off, paid = _settle(connection, original, note_id, number.text, reckoned.totals, to, actor=actor, now=now)

@@ -7,7 +7,7 @@ A void ends what it names at the moment it is approved: usage before that still 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
@@ -37,7 +37,7 @@ from pipeline.core.money import (
     quantity_decimal,
     scaled,
 )
-from pipeline.core.periods import to_datetime, to_micros
+from pipeline.core.periods import Period, to_datetime, to_micros
 
 Verdict: TypeAlias = Literal["approved", "rejected"]
 Action: TypeAlias = Literal["grant", "commit", "void"]
@@ -278,8 +278,8 @@ def listed(
 # For the close ------------------------------------------------------------------------------------------------------
 #
 # What a close asks for, in law 6's order: commitments (``pipeline.billing.commitments``), net and total credits
-# (``pipeline.billing.close_money``, with ``core.invoice``). Units (``core.credits.draw_units``: what a counter gets
-# adds to its ``pooled``) are not drawn yet: a payer that has some is refused.
+# (``pipeline.billing.close_money``, with ``core.invoice``); before all of them units
+# (``pipeline.billing.unit_credits``).
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +326,28 @@ def held(connection: "Connection[Any]", accounts: Iterable[str], *, settling: It
     ]
 
 
+_SELECT_UNITS_DRAWN = """
+SELECT entry.grant_id::text, sum(entry.amount) FROM billing.credit_entry AS entry
+JOIN billing.credit_grant AS given ON given.id = entry.grant_id
+JOIN billing.invoice ON invoice.id = entry.invoice_id
+WHERE invoice.account = %s AND invoice.period_start = %s AND invoice.period_end = %s AND given.reduces = 'units'
+GROUP BY entry.grant_id HAVING sum(entry.amount) > 0
+"""
+
+
+def units_drawn(connection: "Connection[Any]", account: str, period: Period) -> list[Grant]:
+    """The unit credits that an account's invoices of a period have drawn, as grants of just so much.
+
+    Drawing from them gives what was drawn: the same units for the same usage (``core.credits.draw_units``).
+    """
+    bounds = [account, to_datetime(period.start_us), to_datetime(period.end_us)]
+    drawn = dict(connection.execute(_SELECT_UNITS_DRAWN, bounds).fetchall())
+    if not drawn:
+        return []
+    grants = (one.grant for one in held(connection, [account]) if one.grant.id in drawn)
+    return [replace(grant, amount=scaled(drawn[grant.id], QUANTITY_DECIMALS)) for grant in grants]
+
+
 _SELECT_DRAWN = """
 SELECT grant_id, line_id, sum(amount) FROM billing.credit_entry WHERE invoice_id = %s GROUP BY grant_id, line_id
 """
@@ -363,11 +385,16 @@ def settle(
     rows = [(grant, invoice, line, amount, actor, note) for (grant, line), amount in differences if amount]
     with connection.cursor() as cursor:
         cursor.executemany(_INSERT_ENTRY, rows)
-    beyond = connection.execute(_SELECT_BEYOND, [[grant for grant, _ in keys]]).fetchone()
+    check_settled(connection, {grant for grant, _ in keys})
+    return len(rows)
+
+
+def check_settled(connection: "Connection[Any]", grants: Iterable[int]) -> None:
+    """Raise ValueError for a grant from which more was drawn than it has, or less than nothing."""
+    beyond = connection.execute(_SELECT_BEYOND, [sorted(grants)]).fetchone()
     if beyond is not None:
         grant, amount, settled = beyond
         raise ValueError(f"expected draws of 0 to {amount} in all from grant {grant}, got {settled}")
-    return len(rows)
 
 
 def lock_grants(connection: "Connection[Any]", account: str) -> None:

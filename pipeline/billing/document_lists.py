@@ -24,6 +24,8 @@ class Listed:
     currency: str
     period_start: datetime
     period_end: datetime
+    #: Whose days and months the period is made of: the payer's.
+    time_zone: str
     issue_date: date | None
     due_date: date | None
     net: Decimal
@@ -33,10 +35,13 @@ class Listed:
     open: Decimal | None
 
 
-_COLUMNS = """
+# Documents made before the payer's zone was kept have the seller's.
+_TIME_ZONE = "coalesce(nullif(content #>> '{buyer,time_zone}', ''), content #>> '{seller,time_zone}', 'UTC')"
+_COLUMNS = f"""
 document.id, number, kind::text, document.state::text, payment.state AS payment, legal_entity, account, currency,
-period_start, period_end, issue_date, due_date, net_amount AS net, tax_amount AS tax, total_amount AS total,
-document.payable_amount AS payable, payment.open_amount AS open
+period_start, period_end, {_TIME_ZONE} AS time_zone, issue_date, due_date,
+net_amount AS net, tax_amount AS tax, total_amount AS total, document.payable_amount AS payable,
+payment.open_amount AS open
 """
 _LIST = f"""
 SELECT {_COLUMNS}
@@ -45,8 +50,8 @@ WHERE (%(account)s::text IS NULL OR account = %(account)s)
     AND (%(kind)s::text IS NULL OR kind::text = %(kind)s)
     AND (%(state)s::text IS NULL OR document.state::text = %(state)s)
     AND (%(unpaid)s = false OR payment.state IN ('unpaid', 'partly_paid') AND payment.open_amount <> 0)
-    AND (%(since)s::timestamptz IS NULL OR period_end > %(since)s)
-    AND (%(until)s::timestamptz IS NULL OR period_end <= %(until)s)
+    AND (%(month)s::text IS NULL
+        OR to_char((period_end - interval '1 microsecond') AT TIME ZONE {_TIME_ZONE}, 'YYYY-MM') = %(month)s)
 ORDER BY document.id DESC LIMIT %(limit)s
 """
 
@@ -58,18 +63,16 @@ def listed(
     kind: str | None = None,
     state: str | None = None,
     unpaid: bool = False,
-    since: datetime | None = None,
-    until: datetime | None = None,
+    month: str | None = None,
     limit: int = 100,
 ) -> list[Listed]:
-    """Documents, the newest first; of periods that end after ``since`` and not after ``until``."""
+    """Documents, the newest first; ``month``: of periods whose last instant is in it (YYYY-MM) by the payer's clock."""
     asked = {
         "account": account,
         "kind": kind,
         "state": state,
         "unpaid": unpaid,
-        "since": since,
-        "until": until,
+        "month": month,
         "limit": limit,
     }
     with connection.cursor(row_factory=class_row(Listed)) as cursor:

@@ -18,6 +18,7 @@ from psycopg.rows import dict_row
 from xxhash import xxh3_128_digest
 
 from pipeline.billing.close_entries import StoredLine, read_lines
+from pipeline.billing.explain_documents import billed_on, document, numbered
 from pipeline.billing.intake import PlainReader
 from pipeline.billing.prices import LinePrice, NoPrice, Priced, Prices, read_catalog
 from pipeline.billing.rated import Malformed
@@ -55,27 +56,41 @@ _BROKER_ANSWER_S = 10.0
 
 
 class Ambiguous(ValueError):
-    """A key that several accounts have used; the message names them."""
+    """A key that several accounts have used, or a number that is another thing's too; the message names them."""
 
 
 def explain(settings: Settings, what: str) -> Explanation | None:
-    """Explain ``line:ID``, ``invoice:ID``, ``month:ACCOUNT/YYYY-MM``, ``usage.events/PARTITION/OFFSET``,
-    ``ACCOUNT/KEY`` or ``KEY``.
+    """Explain a document by its number, ``document:ID``, ``line:ID``, ``invoice:ID`` (usage collected for a period),
+    ``month:ACCOUNT/YYYY-MM``, ``usage.events/PARTITION/OFFSET``, ``ACCOUNT/KEY`` or ``KEY``.
 
-    None when there is no such thing. Raises Ambiguous for a bare key of several accounts, ValueError for a charge that
-    cannot be priced.
+    None when there is no such thing. Raises Ambiguous for a bare key of several accounts, for a number that two legal
+    entities gave or that is an event's key too; ValueError for a charge that cannot be priced.
     """
     with connect(settings.dsn, application="explain") as connection:
         if found := re.fullmatch(r"line:(\d{1,18})", what):
             return _line(connection, int(found[1]))
         if found := re.fullmatch(r"invoice:(\d{1,18})", what):
             return _invoice(connection, int(found[1]))
+        if found := re.fullmatch(r"document:(\d{1,18})", what):
+            return document(connection, int(found[1]))
         if found := re.fullmatch(r"month:(.+)/(\d{4}-\d{2})", what):
             return _month(connection, found[1], Month.parse(found[2]))
         prefix = re.escape(settings.topic_prefix)
         if found := re.fullmatch(rf"(?:{prefix})?usage\.events/(\d{{1,9}})/(\d{{1,18}})", what):
             return _Finder(settings, connection).at_origin(int(found[1]), int(found[2]))
-        return _Finder(settings, connection).by_key(what)
+        return _by_name(settings, connection, what)
+
+
+def _by_name(settings: Settings, connection: "Connection[Any]", what: str) -> Explanation | None:
+    """The document with this number, or the event with this key: either may be any text."""
+    documents = numbered(connection, what)
+    event = _Finder(settings, connection).by_key(what)
+    named = [f"document:{id} (of {entity})" for id, entity in documents]
+    if event is not None:
+        named.append(f"{event['account']}/{event['idempotency_key']} (an event)")
+    if len(named) > 1:
+        raise Ambiguous(f"{len(named)} things have this name, say which: {', '.join(named)}")
+    return document(connection, documents[0][0]) if documents else event
 
 
 def identity(account: str, key: str) -> bytes:
@@ -487,6 +502,7 @@ def _line(connection: "Connection[Any]", line_id: int) -> Explanation | None:
         "rows_amount": amount_decimal(scaled(line["exact_amount"], AMOUNT_DECIMALS) - booked),
         "entries_amount": amount_decimal(booked),
         "entries": entries,
+        "documents": billed_on(connection, [line_id]),
         "arithmetic": _of_line(connection, line),
         "first_events": [event | {"event": f"{line['account']}/{event['idempotency_key']}"} for event in events],
     }
@@ -681,9 +697,13 @@ def _invoice(connection: "Connection[Any]", invoice_id: int) -> Explanation | No
         FROM finance.invoice_lines WHERE invoice_id = %s""",
         [invoice_id],
     )
+    billed = billed_on(connection, [line["line_id"] for line in lines])
+    names = ("document", "number", "document_kind", "document_state")
+    documents = {one["document_id"]: {name: one[name] for name in names} for one in billed}
     return {
         "kind": "invoice",
         **invoice,
+        "documents": [documents[id] for id in sorted(documents)],
         "lines": [line | {"line": f"line:{line['line_id']}"} for line in lines],
         **(totals or {}),
     }

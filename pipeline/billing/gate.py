@@ -7,6 +7,9 @@ to. It decides nothing: the close refuses while something is missing, unless a p
 Usage belongs to the billing period of its account that holds its time, and the period to the month its last instant
 lies in. Where the time cannot be read, or is what was refused (too old, in the future), an event is of each period that
 its arrival lies in, or the latest event of the receipt it is counted in: it came among usage of that time.
+
+What a person discarded does not count (`tally dlq discard`), parked events no less than dead letters: the close passes
+over them. Parked ones are tried on; one that is rated after all is billed as late usage.
 """
 
 import time
@@ -277,10 +280,7 @@ def _left(found: Mapping[Place, Log], ends: Mapping[Place, int], reached: Mappin
 # Refused, and nobody has decided --------------------------------------------------------------------------------------
 
 # What is looked at in the month's longest possible span; which of it is the month's, the accounts' periods say.
-_UNDECIDED = """
-    unrated.state IN ('parked', 'dead_lettered')
-    AND (unrated.state = 'parked' OR unrated.decision IS DISTINCT FROM 'discard')
-"""
+_UNDECIDED = "unrated.state IN ('parked', 'dead_lettered') AND unrated.decision IS DISTINCT FROM 'discard'"
 _ACCOUNTS_REFUSED = f"""
 SELECT DISTINCT account FROM billing.unrated_event AS unrated
 WHERE account IS NOT NULL AND {_UNDECIDED}
@@ -359,7 +359,7 @@ _STATES: tuple[tuple[str, Literal["parked", "dead_letters"], str], ...] = (
     ("dead_lettered", "dead_letters", "dead-lettered, undecided"),
 )
 _TODO: dict[Kind, str] = {
-    "parked": "`tally dlq list --state parked`: publish what they lack, or wait until they are tried for the last time",
+    "parked": "`tally dlq list --state parked`: publish what they lack, or `tally dlq discard` with a reason, each one",
     "dead_letters": "`tally dlq list`: mend and `tally dlq replay`, or `tally dlq discard` with a reason, each of them",
 }
 

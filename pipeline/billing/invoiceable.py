@@ -45,11 +45,13 @@ class Obstacle:
 
 
 class _Sale(NamedTuple):
-    """A seller, a buyer, and what is sold: payers have one per account, legal entity and plan."""
+    """A seller, a buyer, and what is sold: payers have one per contract."""
 
     payer: str
     #: Whose contract it is: the payer's, or of a child whose lines are on its invoice.
     account: str
+    contract: str
+    #: As the contract names it; "" where it names none.
     legal_entity: str
     currency: str
     #: Tax categories of the plan's charges.
@@ -71,7 +73,8 @@ WITH RECURSIVE newest AS (
 ), payer AS (
     SELECT DISTINCT ON (id) id, payer FROM paid ORDER BY id, depth DESC
 )
-SELECT DISTINCT payer.payer, payer.id, coalesce(contract.document ->> 'legal_entity', ''), plan.document ->> 'currency',
+SELECT payer.payer, payer.id, contract.id, coalesce(contract.document ->> 'legal_entity', ''),
+    plan.document ->> 'currency',
     ARRAY(
         SELECT DISTINCT coalesce(charge ->> 'tax_category', 'standard')
         FROM jsonb_array_elements(plan.document -> 'charges') AS charge ORDER BY 1
@@ -137,9 +140,7 @@ def obstacles(
         for sale in sales:
             entity, customer = invoicing.legal_entity(sale.legal_entity), invoicing.customers.get(sale.payer)
             if entity is None:
-                named = repr(sale.legal_entity) if sale.legal_entity else "one, since contracts name none"
-                known = ", ".join(sorted(invoicing.legal_entities)) or "none"
-                lacking["legal_entities"].add(f"expected legal entity {named}, got {known}", sale)
+                lacking["legal_entities"].add(_no_seller(sale, invoicing), sale)
             if customer is None:
                 lacking["customers"].add("no name and address", sale)
             if entity is None or customer is None:
@@ -155,15 +156,44 @@ def obstacles(
     flagged = {sale.account for found in lacking.values() for sales in found.sales.values() for sale in sales}
     billed = _billed(connection, month, sorted(flagged))
     by_kind = {kind: found.payers(billed) for kind, found in lacking.items()}
-    return [_obstacle(connection, kind, found, start + _BESIDE, end) for kind, found in by_kind.items() if found]
+    todo = _TODO | {"legal_entities": _name_sellers(lacking["legal_entities"], billed)}
+    return [
+        _obstacle(connection, kind, found, todo[kind], start + _BESIDE, end) for kind, found in by_kind.items() if found
+    ]
 
 
 _TODO: dict[Kind, str] = {
-    "legal_entities": "`tally invoicing apply FILE` says who sells, contracts name it as legal_entity",
+    "legal_entities": "`tally invoicing apply FILE` says who sells",
     "customers": "`tally invoicing apply FILE` says who buys",
     "taxes": "`tally invoicing apply FILE` says what is charged",
     "rates": "`tally fx load FILE`",
 }
+
+
+#: Said of a contract that names none, where there are several.
+_NAMES_NONE = "expected a contract that names its legal entity, or one legal entity only"
+
+
+def _no_seller(sale: _Sale, invoicing: Invoicing) -> str:
+    known = ", ".join(sorted(invoicing.legal_entities)) or "none"
+    if sale.legal_entity:
+        return f"expected legal entity {sale.legal_entity!r}, got {known}"
+    if not invoicing.legal_entities:
+        return "expected a legal entity, got none"
+    return f"{_NAMES_NONE}, got {known}"
+
+
+def _name_sellers(lacking: _Lacking, billed: Collection[str]) -> str:
+    """What to do about contracts without a legal entity: name one, where there are several, or apply it."""
+    unnamed, unknown = set(), False
+    for what, sales in lacking.sales.items():
+        contracts = {sale.contract for sale in sales if sale.account in billed}
+        if what.startswith(_NAMES_NONE):
+            unnamed |= contracts
+        else:
+            unknown = unknown or bool(contracts)
+    todo = [f"add legal_entity to contract {_named(sorted(unnamed))} and `tally accounts apply`"] if unnamed else []
+    return "; ".join([*todo, *([_TODO["legal_entities"]] if unknown else [])])
 
 
 def _billed(connection: "Connection[Any]", month: Month, accounts: Sequence[str]) -> set[str]:
@@ -204,13 +234,23 @@ def _without_rate(entity: LegalEntity, customer: Customer, sale: _Sale, day: dat
 
 
 def _obstacle(
-    connection: "Connection[Any]", kind: Kind, found: Mapping[str, set[str]], after: datetime, until: datetime
+    connection: "Connection[Any]",
+    kind: Kind,
+    found: Mapping[str, set[str]],
+    todo: str,
+    after: datetime,
+    until: datetime,
 ) -> Obstacle:
     payers = sorted(set().union(*found.values()))
-    named = ", ".join(payers[:_NAMED_MAX]) + (f" and {len(payers) - _NAMED_MAX:,} more" * (len(payers) > _NAMED_MAX))
     problems = sorted(found, key=lambda what: (-len(found[what]), what))
     more = f" and {len(problems) - _NAMED_MAX:,} more" * (len(problems) > _NAMED_MAX)
-    what = f"{len(payers):,} payer{'s' * (len(payers) != 1)} ({named}): {'; '.join(problems[:_NAMED_MAX])}{more}"
+    what = (
+        f"{len(payers):,} payer{'s' * (len(payers) != 1)} ({_named(payers)}): {'; '.join(problems[:_NAMED_MAX])}{more}"
+    )
     money = connection.execute(_MONEY, [payers, after, until]).fetchall()
     cents = tuple((currency, amount.quantize(Decimal("0.01"))) for currency, amount in money if amount)
-    return Obstacle(kind, what, len(payers), _TODO[kind], cents)
+    return Obstacle(kind, what, len(payers), todo, cents)
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED_MAX]) + f" and {len(names) - _NAMED_MAX:,} more" * (len(names) > _NAMED_MAX)

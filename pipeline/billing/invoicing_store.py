@@ -6,7 +6,7 @@ attempt saw.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import Any, NamedTuple, cast
 
@@ -50,6 +50,11 @@ WHERE {} AND valid_from <= %(day)s AND applied_at <= %(applied_until)s ORDER BY 
 _SELECT_COMMON = _SELECT.format("kind IN ('legal_entity', 'tax', 'coupon')")
 _SELECT_ALL_CUSTOMERS = _SELECT.format("kind = 'customer'")
 _SELECT_CUSTOMERS = _SELECT.format("kind = 'customer' AND id = ANY(%(accounts)s)")
+# The newest version counts for all times, and from a contract's begin on none has another zone.
+_SELECT_TIME_ZONES = """
+SELECT DISTINCT ON (id) id, document ->> 'time_zone' FROM billing.catalog_version
+WHERE kind = 'account' AND id = ANY(%s) ORDER BY id, version DESC
+"""
 
 
 def load(
@@ -61,7 +66,7 @@ def load(
 ) -> Invoicing:
     """What counts for documents of a tax date, of what was applied until a time; customers of ``accounts``, or all.
 
-    Raises ValueError for a version this program cannot read.
+    Customers come with their accounts' time zones. Raises ValueError for a version this program cannot read.
     """
     asked = {"day": on, "applied_until": applied_until, "accounts": sorted(accounts or ())}
     customers = _SELECT_ALL_CUSTOMERS if accounts is None else _SELECT_CUSTOMERS
@@ -70,9 +75,13 @@ def load(
         for kind, id, version, document in connection.execute(statement, asked):
             found[kind][id] = from_document(kind, id, version, document)
     tables = cast(dict[str, TaxTable], found["tax"])
+    customers_found = cast(dict[str, Customer], found["customer"])
+    zones = dict(connection.execute(_SELECT_TIME_ZONES, [list(customers_found)]).fetchall()) if customers_found else {}
     return Invoicing(
         legal_entities=cast(dict[str, LegalEntity], found["legal_entity"]),
-        customers=cast(dict[str, Customer], found["customer"]),
+        customers={
+            id: replace(customer, billing_time_zone=zones.get(id, "")) for id, customer in customers_found.items()
+        },
         taxes=tuple(rate for table in tables.values() for rate in table.rates),
         coupons=cast(dict[str, Coupon], found["coupon"]),
     )

@@ -1,4 +1,4 @@
-"""Issued documents as they stand in the database, read back into the types they were reckoned with.
+"""Issued documents, and drafts to look at, read from the database back into the types they were reckoned with.
 
 Whatever comes after an issued document (a credit note, a void, an adjustment, a payment) begins here: found by its
 number, held by its row, with every line as it was printed.
@@ -44,20 +44,22 @@ class IssuedLine:
 
 
 @dataclass(frozen=True, slots=True)
-class Issued:
-    """A document with its lines. Money in the currency's smallest unit; dates of the legal entity's calendar."""
+class Stored:
+    """A document in any state, with its lines. Money in the currency's smallest unit; dates of the legal entity's
+    calendar."""
 
     id: int
     kind: DocumentKind
     state: str
-    number: str
+    #: None, as its issue date, until it is issued.
+    number: str | None
     legal_entity: str
     #: Who pays.
     account: str
     currency: str
     period: Period
     tax_date: date
-    issue_date: date
+    issue_date: date | None
     corrects_id: int | None
     run_id: int | None
     content: Mapping[str, Any]
@@ -67,28 +69,45 @@ class Issued:
     lines: tuple[IssuedLine, ...]
 
     @property
+    def time_zone(self) -> str:
+        """Whose days its periods are made of: the payer's; the seller's, of one made before the payer's was kept."""
+        return (
+            self.content.get("buyer", {}).get("time_zone") or self.content.get("seller", {}).get("time_zone") or "UTC"
+        )
+
+    @property
     def document(self) -> Document:
         """Its arithmetic. Without discounts and draws, which nothing that follows needs one by one."""
         lines = tuple(one.line for one in self.lines)
         return Document(self.currency, lines, tax_totals(lines), (), (), self.totals, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Issued(Stored):
+    """A document that was issued, and may be void by now."""
+
+    number: str
+    issue_date: date
+
+
 _FIND = """
 SELECT id, legal_entity, number FROM billing.document
-WHERE (number = %(text)s OR id = %(id)s) AND state IN ('issued', 'void')
+WHERE (number = %(text)s OR id = %(id)s) AND (%(drafts)s OR state IN ('issued', 'void'))
     AND (%(legal_entity)s::text IS NULL OR legal_entity = %(legal_entity)s)
 ORDER BY (number = %(text)s) DESC, id
 """
 
 
-def find(connection: "Connection[Any]", reference: str, *, legal_entity: str | None = None) -> int:
+def find(
+    connection: "Connection[Any]", reference: str, *, legal_entity: str | None = None, drafts: bool = False
+) -> int:
     """The id of an issued or void document, by its number or, where no document has that number, its id.
 
-    Raises NoDocument.
+    ``drafts``: one that is not issued yet too, which has only an id. Raises NoDocument.
     """
     # An id has at most 18 digits; a longer number is none.
     id = int(reference) if reference.isascii() and reference.isdigit() and len(reference) <= 18 else None
-    asked = {"text": reference, "id": id, "legal_entity": legal_entity}
+    asked = {"text": reference, "id": id, "legal_entity": legal_entity, "drafts": drafts}
     found = connection.execute(_FIND, asked).fetchall()
     numbered = [row for row in found if row[2] == reference]
     if len(numbered) > 1:
@@ -97,7 +116,8 @@ def find(connection: "Connection[Any]", reference: str, *, legal_entity: str | N
             f"{', '.join(entity for _, entity, _ in numbered)}: name one with --entity, or give the document's id"
         )
     if not found:
-        raise NoDocument(f"expected the number or id of an issued document, got {reference!r}: `tally invoices list`")
+        wanted = "a document's number or id" if drafts else "the number or id of an issued document"
+        raise NoDocument(f"expected {wanted}, got {reference!r}: `tally invoices list`")
     return int(found[0][0])
 
 
@@ -111,34 +131,44 @@ def read(connection: "Connection[Any]", id: int, *, lock: bool = False) -> Issue
     """The issued or void document of this id; ``lock`` holds it until the transaction ends. Raises NoDocument."""
     if lock:
         connection.execute(_LOCK, [id])
+    columns = _read(connection, id)
+    if columns is None or columns["state"] not in ("issued", "void"):
+        raise NoDocument(f"expected an issued document, got {id}: `tally invoices list`")
+    return Issued(**columns)
+
+
+def look_at(connection: "Connection[Any]", id: int) -> Stored:
+    """The document of this id, whatever its state. Raises NoDocument."""
+    columns = _read(connection, id)
+    if columns is None:
+        raise NoDocument(f"expected a document, got {id}: `tally invoices list`")
+    return Stored(**columns)
+
+
+def _read(connection: "Connection[Any]", id: int) -> dict[str, Any] | None:
+    """Fields of ``Stored``."""
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(_SELECT, [id]).fetchone()
-        if row is None or row["state"] not in ("issued", "void"):
-            raise NoDocument(f"expected an issued document, got {id}: `tally invoices list`")
+        if row is None:
+            return None
         lines = cursor.execute(_SELECT_LINES, [id]).fetchall()
     currency = row["currency"]
-    return Issued(
-        id=id,
-        kind=row["kind"],
-        state=row["state"],
-        number=row["number"],
-        legal_entity=row["legal_entity"],
-        account=row["account"],
-        currency=currency,
-        period=Period(to_micros(row["period_start"]), to_micros(row["period_end"])),
-        tax_date=row["tax_date"],
-        issue_date=row["issue_date"],
-        corrects_id=row["corrects_id"],
-        run_id=row["run_id"],
-        content=row["content"],
-        totals=Totals(*(minor(row[f"{name}_amount"], currency) for name in _TOTALS)),
-        fx=None
+    return {
+        **{name: row[name] for name in _AS_STORED},
+        "period": Period(to_micros(row["period_start"]), to_micros(row["period_end"])),
+        "totals": Totals(*(minor(row[f"{name}_amount"], currency) for name in _TOTALS)),
+        "fx": None
         if row["fx_currency"] is None
         else (row["fx_currency"], row["fx_rate"], row["fx_date"], row["fx_source"]),
-        lines=tuple(_line(line, currency) for line in lines),
-    )
+        "lines": tuple(_line(line, currency) for line in lines),
+    }
 
 
+#: Fields of a document that are a column each.
+_AS_STORED = (
+    *("id", "kind", "state", "number", "legal_entity", "account", "currency"),
+    *("tax_date", "issue_date", "corrects_id", "run_id", "content"),
+)
 #: Columns of a document in the order of ``Totals``, without ``_amount``.
 _TOTALS = ("lines", "discounts", "net", "tax", "total", "credits", "balance", "payable")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from pipeline.core.catalog import Catalog, Segment
 from pipeline.core.charges import Charge
@@ -12,14 +13,16 @@ from pipeline.core.periods import Period, to_datetime
 def notices_of(catalog: Catalog, account: str, periods: Iterable[Period]) -> list[dict[str, Any]]:
     """Changes that took effect in these billing periods, or with their beginning, as ``content.notices`` keeps them.
 
-    ``since`` is a day in UTC. A price that is more than one number is said to have changed, without the numbers.
+    ``since`` is a day in the account's time zone. A price that is more than one number is said to have changed,
+    without the numbers.
     """
     found: list[dict[str, Any]] = []
+    zone = ZoneInfo(catalog.accounts[account].time_zone)
     for period in periods:
         for segment in catalog.segments_of(account, period):
             before = catalog.segment(account, segment.start_us - 1, segment.contract.id)
             if isinstance(before, Segment) and before.contract.id == segment.contract.id:
-                since = to_datetime(segment.start_us).date().isoformat()
+                since = to_datetime(segment.start_us).astimezone(zone).date().isoformat()
                 found += ({**notice, "since": since} for notice in _between(catalog, before, segment))
     return found
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from psycopg import Connection
 from psycopg.types.json import Jsonb
@@ -19,11 +18,15 @@ from pipeline.billing.adjustments import (
     Adjustment,
     NotAdjustable,
     Place,
+    Seen,
+    as_billed,
     committed,
+    concerned,
     coupons_of,
     late_months,
     lock_open,
     look,
+    month_of,
     restate,
 )
 from pipeline.billing.close_entries import CloseEntry, book_all
@@ -36,10 +39,11 @@ from pipeline.billing.prices import read_catalog
 from pipeline.billing.queue import Task
 from pipeline.billing.reckoning import Basis, compose, reckon
 from pipeline.billing.rerate import Month
-from pipeline.billing.statements import Key, differences, fee_due, key_of
+from pipeline.billing.statements import Difference, Key, differences, fee_due, key_of
+from pipeline.billing.unit_credits import Units
+from pipeline.billing.unit_credits import book as book_units
 from pipeline.core.catalog import Catalog
 from pipeline.core.fees import due_in_advance
-from pipeline.core.money import Micros
 from pipeline.core.periods import to_datetime
 
 
@@ -78,9 +82,7 @@ def bill_adjustments(connection: "Connection[Any]", payer: Task, *, now: datetim
     Raises NotAdjustable, ValueError where a rate of exchange or credits do not suffice.
     """
     with connection.transaction():
-        catalog = read_catalog(connection, payer.members)
-        found = _late(connection, catalog, payer)
-        money = read_money(connection, [payer.payer], lock=True)
+        found, money = _late(connection, payer)
         known = load(connection, applied_until=mark(connection), on=now.date(), accounts=[payer.payer])
         made = [_bill(connection, known, money, one, now=now, actor=actor) for one in found]
         return [one for one in made if one is not None]
@@ -89,13 +91,21 @@ def bill_adjustments(connection: "Connection[Any]", payer: Task, *, now: datetim
 def preview_adjustments(connection: "Connection[Any]", payer: Task) -> list[Adjustment]:
     """What ``bill_adjustments``, or the next invoice, would bill. Changes nothing; raises NotAdjustable."""
     with connection.transaction(force_rollback=True):
-        return _late(connection, read_catalog(connection, payer.members), payer)
+        return _late(connection, payer)[0]
 
 
-def _late(connection: "Connection[Any]", catalog: Catalog, payer: Task) -> list[Adjustment]:
-    lock_open(connection, payer.members)
-    months = late_months(connection, catalog, {payer.payer: payer.members}).get(payer.payer, [])
-    return [one for month in months for one in restate(connection, catalog, payer.payer, payer.members, month)]
+def _late(connection: "Connection[Any]", payer: Task) -> tuple[list[Adjustment], Money]:
+    accounts = concerned(connection, payer.members)
+    catalog = read_catalog(connection, accounts)
+    opened = lock_open(connection, accounts)
+    money = read_money(connection, accounts, lock=True)
+    months = late_months(connection, catalog, {payer.payer: payer.members}, opened).get(payer.payer, [])
+    units = Units(connection, accounts)
+    return [
+        replace(one, payer=payer.payer)
+        for month in months
+        for one in restate(connection, catalog, month, opened, units)
+    ], money
 
 
 def _bill(
@@ -122,7 +132,7 @@ def _bill(
 
 
 def settle_books(connection: "Connection[Any]", one: Adjustment, *, actor: str, note: str) -> dict[Key, int]:
-    """Book an adjustment's close entries, close its containers, and give back credits that its month needs no more.
+    """Book an adjustment's close entries and units, close its containers, give back credits its month needs no more.
 
     Returns the container lines that were made. The document that bills it is written in the same transaction.
     """
@@ -130,7 +140,9 @@ def settle_books(connection: "Connection[Any]", one: Adjustment, *, actor: str, 
     connection.execute(_CLOSE, [list(one.containers)])
     if one.original is not None and one.unneeded_credits:
         give_back(connection, one.original, one.currency, net=one.unneeded_credits, total=0, actor=actor, note=note)
-    return _made(one.entries, ids)
+    made = _made(one.entries, ids)
+    book_units(connection, one.units, made, actor=actor, note=note)
+    return made
 
 
 _CLOSE = "UPDATE billing.invoice SET state = 'issued' WHERE id = ANY(%s) AND state = 'open'"
@@ -155,37 +167,43 @@ def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime,
     """Issue a voided invoice anew: the same month, by what is known now of prices, customer, seller and taxes.
 
     Late usage of the month that has come since is on it, too, and so are adjustments of earlier months that were on the
-    voided one. It keeps the tax date. Raises NoDocument, NotReissuable, NotAdjustable, ValueError for what cannot be
-    reckoned.
+    voided one; of a voided adjustment there are these only. It keeps the tax date. Raises NoDocument, NotReissuable,
+    NotAdjustable, ValueError for what cannot be reckoned.
     """
     with connection.transaction():
         voided = read(connection, id, lock=True)
         _check_reissuable(connection, voided)
         payer = payer_of(connection, voided.account, now)
-        catalog = read_catalog(connection, payer.members)
-        lock_open(connection, payer.members)
-        money = read_money(connection, [payer.payer], lock=True)
-        seen = look(connection, catalog, payer.payer, payer.members, _month(catalog, voided, voided.period.end_us))
+        accounts = concerned(connection, payer.members)
+        catalog = read_catalog(connection, accounts)
+        opened = lock_open(connection, accounts)
+        money = read_money(connection, accounts, lock=True)
+        units = Units(connection, accounts)
         place = Place(voided.legal_entity, voided.currency)
-        wallet = Wallet(payer.payer, *place)
-        basis = _basis_now(connection, catalog, payer.payer, place, voided, money, wallet)
-        ahead = [
-            fee_due(account, fee)
-            for account in payer.members
-            for fee in due_in_advance(catalog, account, seen.period.end_us)
-            if Place(basis.entity.id, fee.segment.plan.currency) == place
-        ]
-        owed = [*seen.owed.get(place, ()), *committed(connection, catalog, seen, place, basis), *ahead]
-        left = differences(owed, seen.standing_for(place, owed))
+        basis = _basis_now(connection, catalog, payer.payer, place, voided, money, Wallet(payer.payer, *place))
+        left: list[Difference] = []
+        made: dict[Key, int] = {}
+        container: int | None = None
+        if voided.kind == "invoice":
+            month = month_of(catalog, voided.account, to_datetime(voided.period.end_us))
+            seen = look(connection, catalog, payer.payer, payer.members, month, units)
+            left = _left(connection, catalog, seen, payer.members, place, basis)
+            container = next((one.id for one in seen.containers if one.currency == place.currency), None)
+            if not _owes_others(seen, place):
+                entries = seen.entries_in(place.currency)
+                made = _made(entries, book_all(connection, entries, actor=actor, note=note))
+                book_units(connection, seen.units_in(place.currency), made, actor=actor, note=note)
+                connection.execute(_CLOSE, [list(seen.open_in(place.currency, {one.id for one in opened}))])
+        late = as_billed(connection, catalog, {payer.payer: payer.members}, _adjusted(catalog, voided))
         earlier = [
-            one
-            for month in sorted({_month(catalog, voided, at_us) for at_us in _adjusted(voided)}, key=str)
-            for one in restate(connection, catalog, payer.payer, payer.members, month)
-            if Place(one.legal_entity, one.currency) == place
+            adjustment
+            for one in late.get(payer.payer, ())
+            for adjustment in _of_seller(restate(connection, catalog, one, opened, units), place)
         ]
-        entries = seen.entries_in(place.currency)
-        made = _made(entries, book_all(connection, entries, actor=actor, note=note))
-        connection.execute(_CLOSE, [list(seen.open_in(place.currency))])
+        if voided.kind == "adjustment" and not any(one.lines for one in earlier):
+            raise NotReissuable(
+                f"expected something to bill instead of {voided.number}, got nothing: it was billed since"
+            )
         for one in earlier:
             made |= settle_books(connection, one, actor=actor, note=note)
         reckoned = reckon(
@@ -197,34 +215,68 @@ def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime,
         )
         document = compose(reckoned, basis, kind=voided.kind, payer=payer.payer, period=voided.period, actor=actor)
         document = replace(document, corrects_id=id, reason_code="reissue", note=note)
-        container = next((one.id for one in seen.containers if one.currency == place.currency), None)
         new = ToWrite(payer.payer, basis, reckoned, document, container)
         return issue_own(connection, new, made, corrects=id, actor=actor, note=note, now=now)
 
 
 _SELECT_REISSUE = """
-SELECT number FROM billing.document WHERE corrects_id = %s AND kind <> 'credit_note' AND state <> 'void'
+SELECT number FROM billing.document WHERE corrects_id = %s AND reason_code = 'reissue' AND state <> 'void'
 """
 
 
 def _check_reissuable(connection: "Connection[Any]", voided: Issued) -> None:
-    if voided.kind != "invoice" or voided.state != "void":
+    if voided.kind not in ("invoice", "adjustment") or voided.state != "void":
         raise NotReissuable(f"expected a void invoice, got {voided.kind} {voided.number}, which is {voided.state}")
     again = connection.execute(_SELECT_REISSUE, [voided.id]).fetchone()
     if again is not None:
         raise NotReissuable(f"{voided.number} was issued anew before, as {again[0] or 'a draft'}")
 
 
-def _adjusted(voided: Issued) -> list[Micros]:
-    """Where the months lie whose adjustments were on a document."""
-    return [line.row.segment_start_us for line in voided.lines if line.row.kind == "adjustment"]
+def _adjusted(catalog: Catalog, voided: Issued) -> set[tuple[str, Month]]:
+    """The accounts' months whose adjustments were on a document: of all their periods that the lines may be of."""
+    return {
+        (line.row.account, month_of(catalog, line.row.account, to_datetime(period.end_us)))
+        for line in voided.lines
+        if line.row.kind == "adjustment"
+        for period in catalog.periods_at(line.row.account, line.row.segment_start_us)
+    }
 
 
-def _month(catalog: Catalog, voided: Issued, at_us: Micros) -> Month:
-    """The month of a billing period by one of its instants; of its end, the one that has just ended."""
-    zone = ZoneInfo(catalog.accounts[voided.account].time_zone)
-    local = to_datetime(at_us - 1 if at_us == voided.period.end_us else at_us).astimezone(zone)
-    return Month(local.year, local.month)
+def _left(
+    connection: "Connection[Any]", catalog: Catalog, seen: Seen, accounts: Sequence[str], place: Place, basis: Basis
+) -> list[Difference]:
+    """What a seller has to bill of a month, with what it bills ahead."""
+    ahead = [
+        fee_due(account, fee)
+        for account in accounts
+        for fee in due_in_advance(catalog, account, seen.period.end_us)
+        if fee.segment.contract.legal_entity in ("", place.legal_entity) and fee.segment.plan.currency == place.currency
+    ]
+    owed = [*seen.owed.get(place, ()), *committed(connection, catalog, seen, place, basis), *ahead]
+    return differences(owed, seen.standing_for(place, owed))
+
+
+def _owes_others(seen: Seen, place: Place) -> bool:
+    """Whether another seller has something to bill of the same containers: then these are his to close."""
+    return any(
+        differences(owed, seen.standing_for(other, owed))
+        for other, owed in seen.owed.items()
+        if other.currency == place.currency and other != place
+    )
+
+
+def _of_seller(found: Sequence[Adjustment], place: Place) -> list[Adjustment]:
+    """A seller's part of a month's adjustments; with the containers, unless another one has something to bill of them.
+
+    These are then closed with that one's next document.
+    """
+    same = [one for one in found if one.currency == place.currency]
+    mine = [one for one in same if one.legal_entity == place.legal_entity]
+    shared = any(one.lines for one in same if one.legal_entity != place.legal_entity)
+    entries = () if shared else tuple(entry for one in same for entry in one.entries)
+    containers = () if shared else tuple(id for one in same for id in one.containers)
+    units = () if shared else tuple(draw for one in same for draw in one.units)
+    return [replace(one, entries=entries, containers=containers, units=units) for one in mine]
 
 
 def _basis_now(
@@ -241,13 +293,13 @@ def _basis_now(
     entity, customer = known.legal_entity(place.legal_entity), known.customers.get(payer)
     if entity is None or customer is None:
         raise NotReissuable(f"expected {payer} and {place.legal_entity} to be known: `tally invoicing apply`")
-    first_day = to_datetime(voided.period.start_us).astimezone(ZoneInfo(catalog.accounts[payer].time_zone)).date()
+    start, zone = to_datetime(voided.period.start_us), catalog.accounts[payer].time_zone
     return Basis(
         entity,
         customer,
         known.taxes,
         voided.tax_date,
-        coupons=coupons_of(connection, payer, place, first_day, known, customer),
+        coupons=coupons_of(connection, payer, start, zone, known, customer, place.currency),
         grants=money.grants(wallet),
         balance=money.balance(wallet),
     )

@@ -57,7 +57,7 @@ def pay(
     """Book a payment of an invoice, or of a credit note the refund that was paid out; None: all that is open.
 
     The same reference on the same document is booked once: a repeat changes nothing and says so. Raises NoDocument,
-    NotPayable for a void document and for more than what is open.
+    NotPayable for a void document, where nothing is open, and for more than what is open.
     """
     with connection.transaction():
         document = _payable(connection, id)
@@ -68,6 +68,8 @@ def pay(
             if repeated is not None:
                 return _settled(connection, document, abs(repeated[0]), repeated=True)
         left = abs(open_amount(connection, document))
+        if left == 0:
+            raise _nothing_open(connection, document)
         wanted = left if amount is None else _minor(amount, document.currency)
         if not 0 < wanted <= left:
             raise NotPayable(
@@ -79,12 +81,17 @@ def pay(
 
 
 def write_off(connection: "Connection[Any]", id: int, *, at: datetime, why: str, actor: str) -> Settled:
-    """Give up what is open on an invoice: it is uncollectible. Raises NoDocument, NotPayable where nothing is open."""
+    """Give up what is open on an invoice: it is uncollectible. Raises NoDocument, NotPayable where nothing is owed."""
     with connection.transaction():
         document = _payable(connection, id)
         left = open_amount(connection, document)
-        if left <= 0:
-            raise NotPayable(f"expected something open on {document.number}, got {_text(left, document)}")
+        if left == 0:
+            raise _nothing_open(connection, document)
+        if left < 0:
+            raise NotPayable(
+                f"expected an amount that the customer owes on {document.number}, got {_text(left, document)}, "
+                "which is to be paid out: `tally invoices pay` books that"
+            )
         book(connection, document, "write_off", left, at=at, reference=why, actor=actor)
         return _settled(connection, document, _whole(left, document))
 
@@ -117,6 +124,14 @@ def _payable(connection: "Connection[Any]", id: int) -> Issued:
     if document.state != "issued":
         raise NotPayable(f"expected an issued document, got {document.number}, which is {document.state}")
     return document
+
+
+def _nothing_open(connection: "Connection[Any]", document: Issued) -> NotPayable:
+    state = _settled(connection, document, Decimal(0)).state.replace("_", " ")
+    return NotPayable(
+        f"nothing is open on {document.number}, which is {state}: `tally invoices show {document.number}` tells what "
+        "settled it"
+    )
 
 
 def _settled(connection: "Connection[Any]", document: Issued, booked: Decimal, *, repeated: bool = False) -> Settled:

@@ -255,6 +255,8 @@ def content_of(basis: Basis) -> dict[str, Any]:
             "purchase_order": customer.purchase_order,
             "account": customer.account,
             "version": customer.version,
+            # Its periods are days of this zone, not of the seller's.
+            "time_zone": customer.billing_time_zone,
         },
         "language": customer.language or entity.language,
     }

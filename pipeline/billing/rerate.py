@@ -4,6 +4,9 @@ A period is priced anew as its close would (``pipeline.core.rerating``): from th
 versions valid at each event's time, so that a back-dated price or contract corrects it, and a charge whose stream
 amounts are provisional gets its true price early. Booked is the difference to what the line holds, rows and earlier
 entries together: doing it twice books nothing the second time.
+
+Unit credits are not drawn here: a period has those that its closed invoices drew. An open one has none, so its lines
+stand at the price of all units until the close draws, and books the difference.
 """
 
 import re
@@ -27,11 +30,13 @@ from pipeline.billing.close_entries import (
     read_lines,
     rebased,
 )
+from pipeline.billing.credits import units_drawn
 from pipeline.billing.members import read_earlier, read_uses
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.rated import Terms
 from pipeline.core.aggregation import is_additive
 from pipeline.core.catalog import Catalog, Segment
+from pipeline.core.credits import Grant
 from pipeline.core.money import Amount, Quantity
 from pipeline.core.periods import Period, format_instant, local_midnight, month_of, to_datetime, to_micros
 from pipeline.core.rerating import ClosedLine, ClosedPeriod, carried_event_types, close_period, first_moment
@@ -238,13 +243,26 @@ def missing_entries(connection: "Connection[Any]", catalog: Catalog, account: st
     return differences(price_period(connection, catalog, account, period), read_lines(connection, account, period))
 
 
-def price_period(connection: "Connection[Any]", catalog: Catalog, account: str, period: Period) -> ClosedPeriod:
-    """An account's period at its closing prices, from its stored events. Raises ValueError as ``close_period``."""
+def price_period(
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    account: str,
+    period: Period,
+    *,
+    grants: Sequence[Grant] | None = None,
+) -> ClosedPeriod:
+    """An account's period at its closing prices, from its stored events. Raises ValueError as ``close_period``.
+
+    ``grants``: unit credits to draw; None: what the period's invoices have drawn, and no more.
+    """
+    if grants is None:
+        grants = units_drawn(connection, account, period)
     types = carried_event_types(catalog, account, period)
     names = catalog.properties_read(catalog.segments(account, period.start_us, period.end_us))
     since = first_moment(catalog, account, period)
     earlier = read_earlier(connection, account, since, types, names) if types else ()
-    return close_period(catalog, account, period, read_uses(connection, account, period, names), earlier)
+    uses = read_uses(connection, account, period, names)
+    return close_period(catalog, account, period, uses, earlier, grants=grants)
 
 
 def _unpriced(closed: ClosedPeriod) -> str:
@@ -334,6 +352,8 @@ def _reasons(closed: ClosedLine, lines: Sequence[StoredLine], missing: Quantity)
     moved = not lines or (is_additive(closed.meter) and missing != 0)
     if moved or any(line.back_dated for line in lines):
         return [Cause.BACK_DATED, *limited]
+    if closed.units:
+        limited = [Cause.CREDITED, *limited]
     if closed.price_class == "period":
         return [Cause.PROVISIONAL, *limited]
     if closed.segment.shortens(closed.charge):

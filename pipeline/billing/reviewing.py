@@ -13,7 +13,7 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.billing import queue
-from pipeline.billing.adjustments import lock_open
+from pipeline.billing.adjustments import concerned, lock_open
 from pipeline.billing.close_chunk import (
     Payer,
     book_entries,
@@ -35,7 +35,7 @@ from pipeline.billing.prices import with_accounts
 from pipeline.billing.queue import Run, Task
 from pipeline.billing.reckoning import Basis
 from pipeline.billing.rerate import Month
-from pipeline.billing.statements import hold
+from pipeline.billing.statements import hold, make_containers
 from pipeline.core.money import Minor, minor_units, scaled
 from pipeline.core.periods import to_datetime
 
@@ -85,11 +85,13 @@ def review(connection: "Connection[Any]", document: int, *, now: datetime, actor
         run, task = _run_of(connection, document, "draft")
         known = read_known(connection, run)
         accounts = sorted(task.members)
-        catalog = with_accounts(connection, known.prices, accounts, until=run.catalog_seq)
-        lock_open(connection, accounts)
+        billed = concerned(connection, accounts)
+        catalog = with_accounts(connection, known.prices, billed, until=run.catalog_seq)
+        make_containers(connection, catalog, accounts, known.month)
+        opened = lock_open(connection, billed)
         held = hold(connection, catalog, accounts, known.month, lock=True)
-        money = read_money(connection, accounts, lock=True)
-        (payer,) = reckon_payers(connection, known, catalog, [task], held, money, now=now, actor=actor)
+        money = read_money(connection, billed, lock=True)
+        (payer,) = reckon_payers(connection, known, catalog, [task], held, opened, money, now=now, actor=actor)
         if payer.problem is not None:
             raise ValueError(payer.problem)
         before = connection.execute(_SELECT_DRAFTS, [run.id, task.payer]).fetchall()

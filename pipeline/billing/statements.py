@@ -8,7 +8,7 @@ it early.
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -24,6 +24,7 @@ from pipeline.billing.rerate import Month, price_period
 from pipeline.core.catalog import NOTICE_S, Catalog, Segment
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import Charge, Share
+from pipeline.core.credits import Grant
 from pipeline.core.fees import Fee
 from pipeline.core.invoice import Line, LineKind
 from pipeline.core.meters import Meter
@@ -86,6 +87,8 @@ class Due:
     #: The container's lines behind it, one for each version of its meter. None yet where booking its close entry makes
     #: it, none ever for a fee in advance and a commitment.
     line_ids: tuple[int, ...] = ()
+    #: Units that credits paid for, by grant (1e-9): what is owed is the price of the others.
+    units: Mapping[str, Quantity] = field(default_factory=dict)
     #: What a document shows of it, as JSON.
     detail: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,11 +105,12 @@ class Due:
 
 @dataclass(frozen=True, slots=True)
 class Booked:
-    """A line that an issued document billed, and no later one took back. Quantity in 1e-9, exact amount in 1e-12."""
+    """A line that an issued or reviewed document billed, and no later one took back. Scaled as ``Due``."""
 
     key: Key
     document_id: int
     document_line_id: int
+    #: "" of a document that is reviewed only.
     number: str
     legal_entity: str
     currency: str
@@ -212,28 +216,28 @@ WHERE account = ANY(%s) AND period_end > %s AND period_end <= %s ORDER BY id
 _DAY = timedelta(days=1)
 
 
+def make_containers(connection: "Connection[Any]", catalog: Catalog, accounts: Collection[str], month: Month) -> None:
+    """Make a container for every billing period that ends in a month, and currency of it, that has none.
+
+    Before any lock is taken: the sink may be making one too, and then wants others.
+    """
+    keys = [
+        (account, currency, period.start_us, period.end_us)
+        for account, period in _periods(catalog, accounts, month)
+        for currency in {segment.plan.currency for segment in catalog.segments_of(account, period)}
+    ]
+    open_invoices(connection, keys)
+
+
 def hold(
     connection: "Connection[Any]", catalog: Catalog, accounts: Collection[str], month: Month, *, lock: bool
 ) -> dict[AccountPeriod, Held]:
     """The accounts' billing periods that end in a month, as they stand; by account, then by end.
 
-    With ``lock`` a container is made for every currency that has none, and all are held until the transaction ends, in
-    the order the sink takes them in: nothing is added to them meanwhile.
+    With ``lock`` all are held until the transaction ends, in the order the sink takes them in: nothing is added to them
+    meanwhile.
     """
-    wanted = {
-        AccountPeriod(account, period): {segment.plan.currency for segment in catalog.segments_of(account, period)}
-        for account in accounts
-        for period in catalog.periods_ending(account, _month_of(catalog, account, month))
-    }
-    if lock:
-        open_invoices(
-            connection,
-            [
-                (one.account, currency, one.period.start_us, one.period.end_us)
-                for one, currencies in wanted.items()
-                for currency in currencies
-            ],
-        )
+    wanted = _periods(catalog, accounts, month)
     found: defaultdict[AccountPeriod, list[Container]] = defaultdict(list)
     ends = to_datetime(month.period_in("UTC").start_us) - _DAY, to_datetime(month.period_in("UTC").end_us) + _DAY
     statement = _SELECT_CONTAINERS + (" FOR NO KEY UPDATE" if lock else "")
@@ -246,9 +250,7 @@ def hold(
             container = Container(id, currency, state, supplement, to_micros(created_at))
             found[AccountPeriod(account, period)].append(container)
     lines = _read_lines(connection, [container.id for containers in found.values() for container in containers])
-    ordered = sorted(
-        wanted.keys() | found.keys(), key=lambda one: (one.account, one.period.end_us, one.period.start_us)
-    )
+    ordered = sorted(found.keys() | wanted, key=lambda one: (one.account, one.period.end_us, one.period.start_us))
     return {
         one: Held(
             *one,
@@ -257,6 +259,14 @@ def hold(
         )
         for one in ordered
     }
+
+
+def _periods(catalog: Catalog, accounts: Iterable[str], month: Month) -> list[AccountPeriod]:
+    return [
+        AccountPeriod(account, period)
+        for account in accounts
+        for period in catalog.periods_ending(account, _month_of(catalog, account, month))
+    ]
 
 
 def _month_of(catalog: Catalog, account: str, month: Month) -> Period:
@@ -335,18 +345,24 @@ class PublishedMeter(NamedTuple):
 
 
 def price(
-    connection: "Connection[Any]", catalog: Catalog, held: Held, published: Collection[PublishedMeter]
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    held: Held,
+    published: Collection[PublishedMeter],
+    grants: Sequence[Grant] = (),
 ) -> ClosedPeriod:
     """An account's period at its closing prices: from what its lines add up to where that is exact, else from events.
+
+    ``grants``: unit credits that count in the period. They are drawn in the order of events, which no sum knows.
 
     Raises ValueError for a charge that cannot be priced, and for billed events that have no price.
     """
     closed = None
-    if not any(line.moved or line.stored.back_dated for line in held.lines):
+    if not grants and not any(line.moved or line.stored.back_dated for line in held.lines):
         sums = (_sum_of(line) for line in held.lines)
         closed = close_sums(catalog, held.account, held.period, sums, unsettled=_unsettled(held, published))
     if closed is None:
-        closed = price_period(connection, catalog, held.account, held.period)
+        closed = price_period(connection, catalog, held.account, held.period, grants=grants)
     if closed.refused:
         use, rejection = closed.refused[0]
         more = f" and {len(closed.refused) - 1:,} more events" if len(closed.refused) > 1 else ""
@@ -428,7 +444,8 @@ def _due(catalog: Catalog, account: str, line: ClosedLine, held: Mapping[Key, Se
     if behind:
         detail |= _usage_shown(behind)
     line_ids = tuple(one.stored.id for one in sorted(behind, key=lambda one: one.stored.terms.meter_version))
-    return _from_segment(segment, charge, meter, key, line.quantity, line.amount, shares, line_ids, detail)
+    due = _from_segment(segment, charge, meter, key, line.quantity, line.amount, shares, line_ids, detail)
+    return replace(due, units=line.units) if line.units else due
 
 
 def _from_segment(
@@ -508,22 +525,23 @@ def _usage_shown(lines: Sequence[HeldLine]) -> dict[str, Any]:
 # What was booked ----------------------------------------------------------------------------------------------------
 
 # A line stands until a later document takes it back. Credit notes give money back; they do not change what is owed.
+# What was reviewed is issued as it is: a document made meanwhile must not bill it once more.
 _SELECT_BOOKED = """
-SELECT line.*, document.number, document.currency, document.tax_date, document.legal_entity
+SELECT line.*, coalesce(document.number, '') AS number, document.currency, document.tax_date, document.legal_entity
 FROM billing.document_line AS line JOIN billing.document ON document.id = line.document_id
 WHERE line.account = ANY(%s) AND line.period_end > %s AND line.role = 'new'
-    AND document.state = 'issued' AND document.kind <> 'credit_note'
+    AND document.state IN ('reviewed', 'issued') AND document.kind <> 'credit_note'
     AND NOT EXISTS (
         SELECT FROM billing.document_line AS reversal JOIN billing.document AS later ON later.id = reversal.document_id
-        WHERE reversal.adjusts_id = line.id AND reversal.role = 'reversal' AND later.state = 'issued'
-            AND later.kind <> 'credit_note'
+        WHERE reversal.adjusts_id = line.id AND reversal.role = 'reversal'
+            AND later.state IN ('reviewed', 'issued') AND later.kind <> 'credit_note'
     )
 ORDER BY line.id
 """
 
 
 def read_booked(connection: "Connection[Any]", accounts: Collection[str], since_us: Micros) -> list[Booked]:
-    """The lines that issued documents billed to these accounts for service after an instant and that still stand."""
+    """The lines that documents billed to these accounts for service after an instant and that still stand."""
     with connection.cursor(row_factory=dict_row) as cursor:
         rows = cursor.execute(_SELECT_BOOKED, [sorted(accounts), to_datetime(since_us)])
         return [_booked(row) for row in rows]

@@ -24,6 +24,7 @@ from pipeline.billing.queue import Task
 from pipeline.billing.reckoning import Basis, compose, reckon
 from pipeline.billing.rerate import Month
 from pipeline.billing.statements import Booked, Due, differences
+from pipeline.billing.unit_credits import Units
 from pipeline.core.money import amount_decimal
 from pipeline.core.parties import Customer
 from pipeline.core.periods import Period, to_datetime
@@ -61,8 +62,9 @@ def bill_if_reached(
         if now >= _end_of(month, catalog.accounts[payer.payer].time_zone):
             return []
         lock_open(connection, payer.members)
-        money = read_money(connection, [payer.payer], lock=True)
-        seen = look(connection, catalog, payer.payer, payer.members, month)
+        money = read_money(connection, payer.members, lock=True)
+        # Units are drawn by the period's own invoice; until then what it will draw is not billed.
+        seen = look(connection, catalog, payer.payer, payer.members, month, Units(connection, payer.members))
         found = []
         for place, owed in sorted(seen.owed.items()):
             usage = [due for due in owed if due.key.kind == "usage" and not due.is_nothing]

@@ -1,7 +1,7 @@
 """Voids: an issued document is withdrawn as if it had never been sent. Its number stays used, its rows as they are.
 
 What it did beside itself is taken back by further entries: the balance it used or carried forward, the credits it drew.
-What it billed is unbilled again, so a re-issue (``pipeline.billing.reissues``) or the next document bills it.
+What it billed is unbilled again, so a re-issue (``pipeline.billing.own_documents``) bills it.
 """
 
 from dataclasses import dataclass
@@ -86,8 +86,8 @@ def void(connection: "Connection[Any]", id: int, *, reason: Reason, note: str, a
 
 
 _SELECT_LATER = """
-SELECT document.number, document.kind::text FROM billing.document
-WHERE document.state = 'issued' AND document.id <> %(id)s AND (
+SELECT coalesce(document.number, 'a reviewed ' || document.kind), document.kind::text FROM billing.document
+WHERE document.state IN ('reviewed', 'issued') AND document.id <> %(id)s AND (
     (document.corrects_id = %(id)s AND document.kind = 'credit_note') OR EXISTS (
         SELECT FROM billing.document_line AS later JOIN billing.document_line AS mine ON mine.id = later.adjusts_id
         WHERE later.document_id = document.id AND mine.document_id = %(id)s AND later.role = 'reversal'

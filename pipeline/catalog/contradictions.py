@@ -303,6 +303,7 @@ def _contracts(
     yield from _agreed(connection, drafts.contracts)
     for draft in drafts.contracts:
         yield from _begun(draft, known, now, back_dated=back_dated)
+    yield from _sellers(connection, drafts.contracts, known, now)
     accounts = [draft.item.id for draft in drafts.accounts]
     published = {contract.id: contract for contract in store.contracts_of(connection, accounts)}
     holding = published | {draft.item.id: draft.item for draft in drafts.contracts}
@@ -434,11 +435,6 @@ def _begun(draft: Draft[Contract], known: Known, now: Micros, *, back_dated: boo
         return
     if before.start_us > now:
         return
-    if before.legal_entity != contract.legal_entity:
-        yield where.finding(
-            f"expected legal_entity {before.legal_entity or 'none'}, since {contract.id!r} has begun and its invoices "
-            f"are that company's, got {contract.legal_entity or 'none'}: end it and add another after it"
-        )
     if before.cycle != contract.cycle:
         yield where.finding(
             f"expected a cycle of {in_words(before.cycle)}, since {contract.id!r} has begun and other periods would "
@@ -459,6 +455,43 @@ def _begun(draft: Draft[Contract], known: Known, now: Micros, *, back_dated: boo
             f"expected the phases of {contract.id!r} up to {format_instant(earliest)} as they were "
             f"({_said(was)}), got {_said(is_)}: begin a new phase after it"
         )
+
+
+def _sellers(
+    connection: "Connection[Any]", contracts: Sequence[Draft[Contract]], known: Known, now: Micros
+) -> Iterator[Finding]:
+    """A contract that has begun keeps its legal entity.
+
+    One that names none is sold by the only legal entity there is, and by nobody once there are two: it may name one
+    then, the one that issued its documents if there are any.
+    """
+    naming: list[Draft[Contract]] = []
+    for draft in contracts:
+        contract, before = draft.item, _before(draft, known)
+        if not isinstance(before, Contract) or before.account != contract.account or before.start_us > now:
+            continue
+        if before.legal_entity and before.legal_entity != contract.legal_entity:
+            yield (draft.plan_where or draft.where).finding(
+                f"expected legal_entity {before.legal_entity}, since {contract.id!r} has begun and its invoices are "
+                f"that company's, got {contract.legal_entity or 'none'}: end it and add another after it"
+            )
+        elif before.legal_entity != contract.legal_entity:
+            naming.append(draft)
+    if not naming:
+        return
+    applied = store.legal_entities(connection)
+    issued_by = store.sellers(connection, [draft.item for draft in naming])
+    for draft in naming:
+        name, where, issuers = draft.item.legal_entity, draft.plan_where or draft.where, issued_by.get(draft.item.id)
+        if name not in applied:
+            # It could not be changed again.
+            hint = suggestion(name, applied) if applied else ": `tally invoicing apply` comes first"
+            yield where.finding(f"expected a legal entity that is applied, got {name!r}{hint}")
+        elif issuers is not None and issuers != {name}:
+            yield where.finding(
+                f"expected legal_entity {one_of(sorted(issuers), 'and')}, since {draft.item.id!r} has documents of "
+                f"that company, got {name}: end it and add another after it"
+            )
 
 
 def _until(phases: Iterable[Phase], end_us: Micros) -> tuple[Phase, ...]:

@@ -165,6 +165,29 @@ def issued(
     return None if row is None else Issued(row[0], to_micros(row[1]))
 
 
+_SELECT_LEGAL_ENTITIES = "SELECT DISTINCT id FROM billing.invoicing_version WHERE kind = 'legal_entity' ORDER BY id"
+# By the account, which has an index. A voided document was issued, and its re-issue keeps its legal entity.
+_SELECT_SELLERS = """
+SELECT DISTINCT line.contract, document.legal_entity
+FROM billing.document_line AS line JOIN billing.document ON document.id = line.document_id
+WHERE line.account = ANY(%s) AND line.contract = ANY(%s) AND document.state <> 'draft'
+"""
+
+
+def sellers(connection: "Connection[Any]", contracts: Iterable[Contract]) -> dict[str, set[str]]:
+    """The legal entities whose documents bill these contracts, by contract: reviewed, issued or void, not drafts."""
+    named = {contract.id: contract.account for contract in contracts}
+    found: dict[str, set[str]] = {}
+    for contract, entity in connection.execute(_SELECT_SELLERS, [sorted(set(named.values())), sorted(named)]):
+        found.setdefault(contract, set()).add(entity)
+    return found
+
+
+def legal_entities(connection: "Connection[Any]") -> list[str]:
+    """Ids of all legal entities that were applied, in order."""
+    return [str(id) for (id,) in connection.execute(_SELECT_LEGAL_ENTITIES)]
+
+
 # From the lines, not the rows: a few per account and month, found by index.
 _SELECT_RATED = """
 SELECT invoice.account, line.contract, min(line.first_event_at), max(line.last_event_at)

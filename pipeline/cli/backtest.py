@@ -19,10 +19,10 @@ from rich.text import Text
 from pipeline.billing.backtest import Backtested
 from pipeline.billing.backtest import backtest as run_backtest
 from pipeline.billing.bills import BadBills, BillLine, compare_bills, read_bills
-from pipeline.billing.rerate import Month
 from pipeline.catalog.diff import charge_changes, percent_of, signed
 from pipeline.catalog.files import read_price_files
 from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.months import month_named
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_USAGE, emit_json, err, fail, out
 from pipeline.cli.publishing import show_findings
 from pipeline.core.backtests import Compared
@@ -75,10 +75,7 @@ def backtest(
     """
     if as_csv and as_json:
         fail("expected --csv or --json, got both", EXIT_USAGE)
-    try:
-        month = Month.parse(period)
-    except ValueError as error:
-        fail(f"--period: {error}", EXIT_USAGE)
+    month = month_named(period, "--period")
     drafts = read_price_files(files)
     if drafts.findings:
         show_findings(drafts.findings, as_json=as_json)

@@ -18,7 +18,18 @@ from pipeline.billing.gate import Estimator, Missing
 from pipeline.billing.queue import Progress as Tasks
 from pipeline.billing.rerate import Month
 from pipeline.cli.context import DataDir, Json, settings_for
-from pipeline.cli.output import EXIT_ERROR, EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
+from pipeline.cli.months import month_named
+from pipeline.cli.output import (
+    EXIT_ERROR,
+    EXIT_FINDINGS,
+    EXIT_NOT_FOUND,
+    EXIT_USAGE,
+    emit_json,
+    err,
+    fail,
+    out,
+    service_days,
+)
 from pipeline.core.periods import format_instant, to_micros
 from pipeline.infra.avro import load_schemas
 from pipeline.infra.logs import configure
@@ -29,6 +40,8 @@ from pipeline.operations import at_risk
 _SHOWN_MAX = 50
 #: Where a month begins first.
 _FIRST_ZONE = "Pacific/Kiritimati"
+#: Where it ends last.
+_LAST_ZONE = "Etc/GMT+12"
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +53,9 @@ def close(
     account: Annotated[
         list[str] | None, typer.Option(help="Only the invoice that has this account on it; may be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be issued, change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be issued, change nothing, ask no gate.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one for each core).")] = None,
     by: Annotated[str | None, typer.Option(help="Who closes (default: the user).")] = None,
     override: Annotated[bool, typer.Option("--override", help="Close although something is missing.")] = False,
@@ -55,7 +70,7 @@ def close(
 
     Exit code 4 where the gate found something missing (nothing is changed then), or payers could not be closed.
     """
-    month = Month.parse(period)
+    month = month_named(period)
     if month.period_in(_FIRST_ZONE).start_us > to_micros(datetime.now(UTC)):
         fail(f"expected a month that has begun, got {period}: there is nothing to close yet", EXIT_USAGE)
     if override and not (why or "").strip():
@@ -151,7 +166,7 @@ def _refuse(missing: Sequence[Missing], period: str, *, as_json: bool) -> None:
 
 def _show_closed(closed: Closed, period: str) -> None:
     if closed.run is None:
-        err.print(f"{period} is closed already: nothing was changed. `tally invoices list` shows its invoices.")
+        err.print(f"{period} is closed already: nothing was changed. `tally invoices list --month {period}` shows it.")
         return
     run, tasks, by = closed.run, closed.progress, closed.outcomes
     went_on = ", which had been begun before," if closed.resumed else ""
@@ -161,15 +176,17 @@ def _show_closed(closed: Closed, period: str) -> None:
         highlight=False,
     )
     words = {
-        "drafted": "wait for review: `tally invoices review`",
-        "reviewed": "are reviewed and wait to be issued: `tally invoices issue`",
+        "drafted": "to be reviewed: `tally invoices list --state draft`, then `tally invoices review ID`",
+        "reviewed": "reviewed, to be issued: `tally invoices list --state reviewed`, then `tally invoices issue ID`",
         "nothing": "owed nothing",
-        "no_contract": "had no contract",
-        "closed": "were closed before",
+        "no_contract": "had no billing period that ends in this month",
+        "closed": "closed before",
     }
     for outcome, text in words.items():
         if count := by.get(outcome):  # type: ignore[call-overload]
             err.print(f"{_count(count, 'payer')} {text}.", highlight=False)
+    if tasks.documents:
+        err.print(f"`tally invoices list --month {period}` shows the documents.", highlight=False)
     if tasks.failed:
         table = Table("payer", "could not be closed")
         for one in closed.failed:
@@ -227,6 +244,10 @@ def _dry_run(settings: Settings, month: Month, accounts: Sequence[str], actor: s
             err.print(f"and {documents - _SHOWN_MAX:,} more documents: --json shows all", highlight=False)
         sums = ", ".join(f"{amount:,f} {currency}" for currency, amount in sorted(totals.items())) or "nothing"
         err.print(f"Would issue {_count(documents, 'document')}, {sums} in sum. Nothing was changed.", highlight=False)
+        if month.period_in(_LAST_ZONE).end_us > to_micros(datetime.now(UTC)):
+            err.print(f"{month} is not over yet: this is what it holds so far.", highlight=False)
+        else:
+            err.print("Whether usage is missing, the gate asks when you close.", highlight=False)
     if problems:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -236,10 +257,8 @@ def _document_row(one: Prepared) -> list[str]:
     amounts = document.net_amount, document.tax_amount, document.total_amount, document.payable_amount
     money = [f"{Decimal(whole(amount, document.currency)):,f}" for amount in amounts]
     money[-1] += f" {document.currency}"
-    start, end = (
-        format_instant(at_us).removesuffix("T00:00:00Z") for at_us in (document.period.start_us, document.period.end_us)
-    )
-    return [escape(one.payer), f"{start} to {end}", str(len(document.lines)), *money]
+    days = service_days(document.period, one.basis.customer.billing_time_zone or "UTC")
+    return [escape(one.payer), days, str(len(document.lines)), *money]
 
 
 def _document_data(payer: Payer, one: Prepared) -> dict[str, Any]:
@@ -251,6 +270,7 @@ def _document_data(payer: Payer, one: Prepared) -> dict[str, Any]:
         "currency": document.currency,
         "period_start": format_instant(document.period.start_us),
         "period_end": format_instant(document.period.end_us),
+        "time_zone": one.basis.customer.billing_time_zone,
         "lines": len(document.lines),
         "lines_amount": whole(document.lines_amount, document.currency),
         "discounts_amount": whole(document.discounts_amount, document.currency),

@@ -39,7 +39,7 @@ from pipeline.infra.topics import Topics
 from pipeline.operations import dead_letters
 from pipeline.operations.ages import span
 from pipeline.operations.at_risk import estimator
-from pipeline.operations.dead_letters import Origin, Pick, Selection, UnratedEvent
+from pipeline.operations.dead_letters import Origin, Pick, Selection, State, UnratedEvent
 from pipeline.operations.events import Mend, NotAnEvent, mended, parse_mend, parse_time
 from pipeline.operations.replay import Replayed, ReplayError, not_replayable, replay
 from pipeline.operations.stops import NotStopped
@@ -69,7 +69,7 @@ ByReason = Annotated[Reason | None, typer.Option("--reason", help="Only this rea
 ByAccount = Annotated[str | None, typer.Option("--account", help="Only this account.")]
 Since = Annotated[str | None, typer.Option(metavar="TIME", help="Only what arrived then or later; UTC.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Only what arrived before; UTC.")]
-All = Annotated[bool, typer.Option("--all", help="Every dead letter that was not discarded.")]
+All = Annotated[bool, typer.Option("--all", help="Every one that was not discarded.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, oldest first.")]
 Why = Annotated[str | None, typer.Option(help="The reason for the audit record.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, change nothing.")]
@@ -232,14 +232,22 @@ def discard(
     until: Until = None,
     everything: All = False,
     limit: Limit = None,
+    state: Annotated[
+        ListedState, typer.Option(help="Without ORIGIN: dead letters, or events parked until they can be rated.")
+    ] = ListedState.DEAD_LETTERED,
     why: Why = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     data_dir: DataDir = None,
     json_: Json = False,
 ) -> None:
-    """Decide that dead letters will not be billed. They stay counted as dead-lettered; a replay undoes it."""
-    chosen = _chosen(origins, reason, account, since, until, everything, limit, why, dry_run=dry_run)
+    """Decide that nobody waits for refused events: a close passes over them.
+
+    Dead letters will not be billed; they stay counted as dead-lettered, and a replay undoes it. Parked events stay
+    parked and are tried on: should what they lack be published in time, such as their account, they are billed after
+    all, as late usage. If not, they become dead letters that are discarded already.
+    """
+    chosen = _chosen(origins, reason, account, since, until, everything, limit, why, dry_run=dry_run, state=state.value)
     settings = settings_for(data_dir)
     with _connected(settings) as connection:
         picks = chosen.picks(connection, settings, dead_letters.to_discard, "discard")
@@ -253,7 +261,14 @@ def discard(
     if json_:
         emit_json({"discarded": _names(discarded), "moved_on": _names(moved_on)})
     else:
-        err.print(f"discarded {_events(len(discarded))}; a replay undoes it")
+        parked = sum(pick.waiting for pick in picks if pick.origin in done)
+        if len(discarded) > parked or not discarded:
+            err.print(f"discarded {_events(len(discarded) - parked)}; a replay undoes it")
+        if parked:
+            err.print(
+                f"discarded {_events(parked)}, parked and tried on: a close passes over "
+                f"{'it' if parked == 1 else 'them'}; what can be rated after all is billed, as late usage"
+            )
         _say_moved_on(moved_on)
     if moved_on and origins:
         raise typer.Exit(EXIT_ERROR)
@@ -310,7 +325,7 @@ class _Chosen:
         select: Callable[["Connection[Any]", Selection, int | None], list[Pick]],
         verb: str,
     ) -> list[Pick]:
-        """The events. Fails with exit code 3 for an origin nobody knows, 1 for one that is no dead letter."""
+        """The events. Fails with exit code 3 for an origin nobody knows, 1 for one the decision cannot be about."""
         if not self.origins:
             return select(connection, self.selection, self.limit)
         places = list(dict.fromkeys(_origin(text, settings) for text in self.origins))
@@ -321,7 +336,9 @@ class _Chosen:
         if wrong := [text for place in places if (text := _not_for(verb, found[place], now))]:
             fail("\n".join(wrong))
         events = [found[place] for place in places]
-        return [Pick(event.origin, event.replays, event.reason or "", event.unfinished) for event in events]
+        return [
+            Pick(event.origin, event.replays, event.reason or "", event.unfinished, event.waiting) for event in events
+        ]
 
 
 def _chosen(
@@ -335,6 +352,7 @@ def _chosen(
     why: str | None,
     *,
     dry_run: bool,
+    state: State = "dead_lettered",
 ) -> _Chosen:
     """Check that the command line names events in one way, and why."""
     filters = any(one is not None for one in (reason, account, since, until))
@@ -342,7 +360,7 @@ def _chosen(
         fail("say which events in one way: by ORIGIN…, by --reason, --account, --since, --until, or --all", EXIT_USAGE)
     if not dry_run and not (why or "").strip():
         fail('say why, for the audit record: --why "…"', EXIT_USAGE)
-    selection = Selection("dead_lettered", reason, account, _time(since, "--since"), _time(until, "--until"))
+    selection = Selection(state, reason, account, _time(since, "--since"), _time(until, "--until"))
     return _Chosen(tuple(origins or ()), selection, limit)
 
 
@@ -352,14 +370,14 @@ def _not_for(verb: str, event: UnratedEvent, now: datetime) -> str | None:
         return None
     if event.replaying:
         return f"{event.origin} is being replayed already: the rater has not judged it yet"
-    if event.state == "parked":
+    if event.state == "parked" and verb != "discard":
         wait = (event.not_before - now).total_seconds() if event.not_before else 0
         when = f"next in {span(wait)}" if wait > 0 else "now"
         return (
             f"{event.origin} is parked ({event.reason}), no dead letter: it is tried again by itself, {when}, "
             "and as soon as the catalog has an answer"
         )
-    if event.state != "dead_lettered":
+    if not event.refused:
         return f"{event.origin} is {event.state} already: there is nothing to {verb}"
     if event.discarded and verb == "discard":
         return f"{event.origin} was discarded already, by {event.decided_by}: {event.decision_reason}"
@@ -381,7 +399,7 @@ def _preview(picks: Sequence[Pick], would: str, *, as_json: bool) -> None:
         emit_json({"dry_run": True, "events": [{"origin": str(one.origin), "reason": one.reason} for one in picks]})
         return
     if not picks:
-        err.print("no such dead letters")
+        err.print("no such events")
         return
     out.print(Text(f"{would} {_events(len(picks))}", "bold"))
     out.print(_by_reason(picks))

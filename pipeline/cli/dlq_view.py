@@ -187,6 +187,11 @@ def _facts(event: UnratedEvent, money: Money | None, now: datetime) -> Iterator[
 
 
 def _next_step(event: UnratedEvent) -> str:
+    if event.waiting and not event.discarded:
+        return (
+            "it is tried again by itself, and as soon as the catalog has an answer; so that a close does not wait for "
+            f'it: tally dlq discard {short(event.origin)} --why "…"'
+        )
     if event.state != "dead_lettered":
         return ""
     if event.reason == Reason.CONFLICTING_DUPLICATE:
@@ -242,6 +247,8 @@ def _decision_text(event: UnratedEvent, now: datetime) -> str:
         return f"replay decided {who}; not seen on the retry topic yet, replay it again to make sure"
     if event.replaying:
         return f"being replayed {who}"
+    if event.discarded and event.waiting:
+        return f"discarded {who}; tried on, and billed after all once it can be rated"
     return f"discarded {who}" if event.decision == "discard" else f"replayed {who}"
 
 

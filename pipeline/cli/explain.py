@@ -1,4 +1,4 @@
-"""`tally explain ID`: why an event, a line, an invoice or an account's month is what it is."""
+"""`tally explain ID`: why an event, a line, a document or an account's month is what it is."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -28,29 +28,30 @@ def explain(
         str,
         typer.Argument(
             metavar="ID",
-            help="An event (KEY or ACCOUNT/KEY), where one arrived (usage.events/2/17), a line (line:123), an "
-            "invoice (invoice:5) or an account's month (month:acme/2026-10).",
+            help="A document by its number (or document:7), an event (KEY or ACCOUNT/KEY), where one arrived "
+            "(usage.events/2/17), a line (line:123), a period's lines (invoice:5) or an account's month "
+            "(month:acme/2026-10).",
         ),
     ],
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Inputs, versions, each part of the price in words, and links both ways, of an event, line, invoice or month."""
+    """Inputs, versions, each part of the price in words, and links both ways, of a document, line, event or month."""
     try:
         found = look_up(settings_for(data_dir), what)
     except Ambiguous as error:
         fail(str(error), EXIT_USAGE)
     if found is None:
         fail(
-            "expected an event's KEY or ACCOUNT/KEY, usage.events/PARTITION/OFFSET, line:ID, invoice:ID or "
-            f"month:ACCOUNT/YYYY-MM, got {what!r}, which nothing has. Usage on its way shows after some seconds: "
-            "`tally status` tells the lag",
+            "expected a document's number, document:ID, an event's KEY or ACCOUNT/KEY, usage.events/PARTITION/OFFSET, "
+            f"line:ID, invoice:ID or month:ACCOUNT/YYYY-MM, got {what!r}, which nothing has. "
+            "Usage on its way shows after some seconds: `tally status` tells the lag",
             EXIT_NOT_FOUND,
         )
     if as_json:
         emit_json(found)
         return
-    show = {"event": _event, "line": _line, "invoice": _invoice, "month": _month}[found["kind"]]
+    show = {"event": _event, "line": _line, "invoice": _invoice, "document": _document, "month": _month}[found["kind"]]
     for panel in show(found):
         out.print(panel, soft_wrap=False)  # text in panels wraps; soft, it would be cut at their edge
 
@@ -118,10 +119,9 @@ def _rated(row: Explanation) -> Panel:
 
 
 def _correction(one: Explanation) -> Panel:
-    why = ": ".join(text for text in (one["reason_code"].replace("_", " "), one["note"]) if text)
     facts = [
         ("decided", f"{_time(one['decided_at'])} by {one['decided_by']}"),
-        ("because", why),
+        ("because", _why(one["reason_code"], one["note"])),
         ("state", one["state"]),
     ]
     if one["backfill"]:
@@ -196,6 +196,8 @@ def _line(found: Explanation) -> Iterable[RenderableType]:
     if found["entries"]:
         sums = [plain(found[name]) for name in ("rows_amount", "entries_amount", "exact_amount")]
         facts.append(("made of", f"{sums[0]} of events + {sums[1]} booked beside them = {sums[2]}"))
+    if not found["documents"]:
+        facts.append(("billed on", "no document yet"))
     yield _panel(f"line:{found['line_id']}", _facts(facts))
     if (arithmetic := found["arithmetic"]) is None:
         yield Text(_NO_PRICE)
@@ -208,6 +210,8 @@ def _line(found: Explanation) -> Iterable[RenderableType]:
             yield Text(arithmetic["note"])
     if found["entries"]:
         yield _entries(found["entries"])
+    if found["documents"]:
+        yield _billed(found["documents"])
     table = Table("first events", "happened", "quantity", "amount", "arrived at")
     for event in found["first_events"]:
         quantity, amount = plain(event["quantity"]), plain(event["amount"])
@@ -227,11 +231,37 @@ def _entries(entries: list[Explanation]) -> Table:
     return table
 
 
+def _billed(documents: list[Explanation]) -> Table:
+    table = Table("billed on", "state", "its line", "", box=None, padding=(0, 1, 0, 0))
+    for column in ("quantity", "exact", "rounded", "discount", "tax", "total"):
+        table.add_column(column, justify="right", no_wrap=column != "quantity")
+    for one in documents:
+        amounts = (str(one[f"{name}amount"]) for name in ("", "discount_", "tax_"))
+        table.add_row(
+            escape(_name(one)),
+            one["document_state"],
+            str(one["position"]),
+            "taken back" if one["role"] == "reversal" else "",
+            f"{plain(one['quantity'])} {escape(one['unit'])}",
+            plain(one["exact_amount"]),
+            *amounts,
+            f"{one['total_amount']} {one['currency']}",
+        )
+    return table
+
+
 def _invoice(found: Explanation) -> Iterable[RenderableType]:
     period = f"{_time(found['period_start'])} to {_time(found['period_end'])}"
     yield _panel(
         f"invoice:{found['id']}",
-        _facts([("account", found["account"]), ("state", found["state"]), ("period", period)]),
+        _facts(
+            [
+                ("account", found["account"]),
+                ("state", found["state"]),
+                ("period", period),
+                ("billed on", ", ".join(map(_name, found["documents"])) or "no document yet"),
+            ]
+        ),
     )
     table = Table("line", "charge", "plan", "events", show_footer=True)
     for column, footer in (
@@ -252,6 +282,143 @@ def _invoice(found: Explanation) -> Iterable[RenderableType]:
         )
     yield table
     yield Text(f"Amounts in {found['currency']}.")
+
+
+# -- documents
+
+
+def _document(found: Explanation) -> Iterable[RenderableType]:
+    currency = found["currency"]
+    facts = [
+        ("payer", _party(found["account"], found["buyer"])),
+        ("from", _party(found["legal_entity"], found["seller"])),
+        ("period", f"{_time(found['period_start'])} to {_time(found['period_end'])}"),
+        ("state", found["state"]),
+    ]
+    if found["payment"] is not None:
+        facts.append(("payment", f"{found['payment'].replace('_', ' ')}, {found['open_amount']} {currency} open"))
+    dates = (("issued", "issue_date"), ("taxed as of", "tax_date"), ("due", "due_date"))
+    facts.append(("days", ", ".join(f"{name} {found[day]}" for name, day in dates if found[day] is not None)))
+    for step in ("created", "reviewed", "issued", "voided"):
+        if found[f"{step}_at"] is not None:
+            facts.append((step, f"{_time(found[f'{step}_at'])} by {found[f'{step}_by']}"))
+    for name, code, note in (("because", "reason_code", "note"), ("void because", "void_reason_code", "void_note")):
+        if why := _why(found[code], found[note]):
+            facts.append((name, why))
+    for link in found["links"]:
+        why = _why(link["reason_code"], link["note"])
+        other = _name(link | {"document_kind": link["kind"]})
+        facts.append((link["relation"], f"{other} ({link['state']})" + (f": {why}" if why else "")))
+    yield _panel(_name(found), _facts(facts))
+    yield _document_lines(found)
+    for line in found["lines"]:
+        if line["parts"] and not line["lines"]:
+            yield _stored_parts(line)
+    if any(line["lines"] for line in found["lines"]):
+        yield Text("`tally explain line:ID` tells the events behind a line, and its price part by part.")
+    if any(found[name] for name in ("discounts", "credits", "settlements")):
+        yield _taken_off(found)
+    yield from _totals(found)
+
+
+def _document_lines(found: Explanation) -> Table:
+    lines = found["lines"]
+    whose = len({line["account"] for line in lines}) > 1
+    # What says the same as the column before it is left out: amounts have to fit into a terminal uncut.
+    amounts = {"lines": "amount"}
+    if any(line["discount_amount"] for line in lines):
+        amounts["discounts"] = "discount_amount"
+    if any(line["net_amount"] != line["amount"] for line in lines):
+        amounts["net"] = "net_amount"
+    amounts |= {"tax": "tax_amount", "total": "total_amount"}
+    table = Table(box=None, padding=(0, 1, 0, 0), show_footer=True)
+    for column in ("", *(["account"] if whose else []), "what", "stands on", "priced by"):
+        table.add_column(column, overflow="fold")
+    for column in ("quantity", "exact", "rounding"):
+        table.add_column(column, justify="right", no_wrap=column != "quantity")
+    for total, column in amounts.items():
+        heading, footer = column.removesuffix("_amount"), str(found[f"{total}_amount"])
+        table.add_column(heading, footer, justify="right", no_wrap=True)
+    for line in lines:
+        taken_back = " taken back" if line["role"] == "reversal" else ""
+        about = line["adjusts"]
+        of = f", line {about['position']} of {about['number'] or about['document']}" if about else ""
+        cell = f" [{line['cell']}]" if line["cell"] else ""
+        table.add_row(
+            str(line["position"]),
+            *([escape(line["account"])] if whose else []),
+            escape(f"{line['name']}{cell}{taken_back}{of}"),
+            "\n".join(line["lines"]) or f"no usage: {line['kind']}",
+            escape(line["price_version"]),
+            f"{plain(line['quantity'])} {escape(line['unit'])}".strip(),
+            plain(line["exact_amount"]),
+            plain(line["rounding_difference"]),
+            *(str(line[column]) for column in amounts.values()),
+        )
+    return table
+
+
+def _stored_parts(line: Explanation) -> Table:
+    """The price of a line that no usage stands behind, as it was kept with the document."""
+    table = Table("part", title=f"price of line {line['position']}", title_justify="left")
+    for column in ("quantity", "unit price", "flat", "amount"):
+        table.add_column(column, justify="right")
+    for part in line["parts"]:
+        table.add_row(part["kind"], *(part[name] for name in ("quantity", "unit_price", "flat", "amount")))
+    return table
+
+
+def _taken_off(found: Explanation) -> Table:
+    table = Table("taken off", "what")
+    table.add_column("amount", justify="right")
+    for one in found["discounts"]:
+        on = "all lines" if one["line_position"] is None else f"line {one['line_position']}"
+        what = f"credit {one['grant_id']}" if one["grant_id"] is not None else f"coupon {one['coupon']}"
+        named = f" ({one['name']})" if one["name"] else ""
+        table.add_row(f"discount on {on}", escape(what + named), str(one["amount"]))
+    for one in found["credits"]:
+        table.add_row(f"credit on {one['reduces']}", f"{one['kind']} credit {one['grant_id']}", plain(one["amount"]))
+    for one in found["settlements"]:
+        what = f"{one['at']:%Y-%m-%d} by {one['by']} {one['reference']}".rstrip()
+        table.add_row(one["kind"].replace("_", " "), escape(what), str(one["amount"]))
+    return table
+
+
+def _totals(found: Explanation) -> Iterable[RenderableType]:
+    for tax in found["taxes"]:
+        how = "" if tax["treatment"] == "standard" else f", {tax['treatment'].replace('_', ' ')}"
+        note = f" ({tax['note']})" if tax["note"] else ""
+        yield Text(f"{tax['tax']} {plain(tax['percent'])} %{how} on {tax['base_amount']}: {tax['tax_amount']}{note}")
+    net, tax_, total, credits_, balance, payable = (
+        found[f"{name}_amount"] for name in ("net", "tax", "total", "credits", "balance", "payable")
+    )
+    yield Text(
+        f"net {net} + tax {tax_} = total {total}; total {total} - credits {credits_} - balance {balance} = "
+        f"payable {payable} {found['currency']}"
+    )
+    if found["fx_currency"] is not None:
+        other = ", ".join(f"{name} {found[f'fx_{name}_amount']}" for name in ("net", "tax", "total"))
+        rate = f"{plain(found['fx_rate'])} {found['fx_currency']} ({found['fx_source']}, {found['fx_date']})"
+        yield Text(f"1 {found['currency']} = {rate}: {other}")
+    wrong = [one for one in found["checks"] if not one["proved"]]
+    for one in wrong:
+        yield Text(f"{one['what'].removesuffix('_amount')} {one['expected']} is NOT {one['equals']}: {one['found']}")
+    if not wrong:
+        yield Text("Each total equals the sum of its lines, the tax that of its rates.")
+
+
+def _name(document: Explanation) -> str:
+    """Kind and number; a draft has an id only."""
+    kind = document["document_kind"].replace("_", " ")
+    return f"{kind} {document['number']}" if document["number"] else f"{kind} {document['document']}"
+
+
+def _party(id: str, name: str | None) -> str:
+    return f"{name} ({id})" if name and name != id else id
+
+
+def _why(code: str | None, note: str | None) -> str:
+    return ": ".join(text for text in ((code or "").replace("_", " "), note) if text)
 
 
 # -- an account's month
@@ -318,8 +485,10 @@ def _parts(parts: list[Explanation], title: str, cost: Decimal) -> Table:
 
 
 def _counter(arithmetic: Explanation) -> Table:
-    """The lines that share a running quantity, where the meter changed in the middle."""
-    title = "the meter changed: these lines count on, and are priced together"
+    """The lines that share a running quantity, where the meter changed in the middle or usage came late."""
+    versions = {line["meter_version"] for line in arithmetic["lines"]}
+    why = "the meter changed" if len(versions) > 1 else "usage came after the close"
+    title = f"{why}: these lines count on, and are priced together"
     table = Table("line", "meter version", title=title, title_justify="left", show_footer=True)
     for column in ("quantity", "amount"):
         table.add_column(column, plain(arithmetic[column]), justify="right")

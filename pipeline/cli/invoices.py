@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo
 
 import typer
 from psycopg import Connection
@@ -17,7 +18,7 @@ from pipeline.billing.adjustments import Adjustment
 from pipeline.billing.composing import whole
 from pipeline.billing.credit_notes import Credited, Part
 from pipeline.billing.document_lists import Link, Listed, Settlement, links, listed, settlements
-from pipeline.billing.issued import Issued, find, read
+from pipeline.billing.issued import Stored, find, look_at
 from pipeline.billing.own_documents import Made, bill_adjustments, payer_of, preview_adjustments
 from pipeline.billing.own_documents import reissue as issue_anew
 from pipeline.billing.payments import Settled
@@ -29,9 +30,10 @@ from pipeline.billing.reviewing import review as review_drafts
 from pipeline.billing.thresholds import Unbilled, bill_if_reached, with_threshold
 from pipeline.cli import render
 from pipeline.cli.context import DataDir, Json, settings_for
-from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
+from pipeline.cli.months import month_named
+from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out, service_days
 from pipeline.core.money import QUANTITY_DECIMALS, Minor, plain, quantity_decimal, scaled
-from pipeline.core.periods import Period, to_datetime
+from pipeline.core.periods import to_datetime
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 
@@ -42,6 +44,7 @@ invoices = typer.Typer(
 )
 
 Number = Annotated[str, typer.Argument(metavar="NUMBER", help="Number of an issued document, or its id.")]
+NumberOrDraft = Annotated[str, typer.Argument(metavar="NUMBER", help="Number of a document, or its id: of a draft.")]
 Entity = Annotated[str | None, typer.Option(help="Legal entity, where two gave the same number.")]
 By = Annotated[str | None, typer.Option(help="Who does it (default: the user).")]
 Why = Annotated[str, typer.Option(help="Why, in words; kept with the document and in the audit trail.")]
@@ -68,7 +71,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """Show documents, the newest first, with what is open on each."""
-    bounds = None if month is None else Month.parse(month).period_in("UTC")
+    of = None if month is None else month_named(month, "--month")
     with _connected(settings_for(data_dir)) as connection:
         found = listed(
             connection,
@@ -76,8 +79,7 @@ def list_(
             kind=kind,
             state=state,
             unpaid=unpaid,
-            since=None if bounds is None else to_datetime(bounds.start_us),
-            until=None if bounds is None else to_datetime(bounds.end_us),
+            month=None if of is None else str(of),
             limit=limit,
         )
     if as_json:
@@ -101,7 +103,7 @@ def _table(*columns: str, money: Sequence[str]) -> Table:
 
 
 def _row(one: Listed) -> list[str]:
-    last = one.period_end - timedelta(microseconds=1)
+    last = (one.period_end - timedelta(microseconds=1)).astimezone(ZoneInfo(one.time_zone))
     return [
         one.number or f"draft {one.id}",
         one.kind.replace("_", " "),
@@ -115,11 +117,11 @@ def _row(one: Listed) -> list[str]:
 
 
 @invoices.command()
-def show(number: Number, entity: Entity = None, data_dir: DataDir = None, as_json: Json = False) -> None:
+def show(number: NumberOrDraft, entity: Entity = None, data_dir: DataDir = None, as_json: Json = False) -> None:
     """Show a document as a table: lines, taxes, totals, what settled it, and what is linked to it, both ways."""
     with _connected(settings_for(data_dir)) as connection:
-        id = find(connection, number, legal_entity=entity)
-        document, linked, settled = read(connection, id), links(connection, id), settlements(connection, id)
+        id = find(connection, number, legal_entity=entity, drafts=True)
+        document, linked, settled = look_at(connection, id), links(connection, id), settlements(connection, id)
     if as_json:
         data = _document_data(document)
         emit_json(
@@ -129,32 +131,41 @@ def show(number: Number, entity: Entity = None, data_dir: DataDir = None, as_jso
     show_document(document, linked, settled)
 
 
-def show_document(document: Issued, linked: Sequence[Link] = (), settled: Sequence[Settlement] = ()) -> None:
+def show_document(document: Stored, linked: Sequence[Link] = (), settled: Sequence[Settlement] = ()) -> None:
     """Print a document as a table, with what settled it and what is linked to it."""
     money = _Money(document.currency)
-    head = f"{document.kind.replace('_', ' ')} {document.number} of {document.issue_date} ({document.state})"
+    named = document.id if document.number is None else f"{document.number} of {document.issue_date}"
+    head = f"{document.kind.replace('_', ' ')} {named} ({document.state})"
     out.print(f"[bold]{escape(head)}[/]  {escape(document.account)}, tax date {document.tax_date}", highlight=False)
     discounted = any(line.row.discount for line in document.lines)
     amounts = ("amount", "discount", "net", "tax", "total") if discounted else ("net", "tax", "total")
-    table = _table("", "what", "service", money=("quantity", *amounts))
+    accounts = len({line.row.account for line in document.lines}) > 1
+    whose = ("account",) if accounts else ()
+    table = _table("", *whose, "what", "service", money=("quantity", *amounts))
     for line in document.lines:
         row = line.row
         name = str(row.detail.get("name") or row.charge) + (f" ({row.cell})" if row.cell else "")
         table.add_row(
             str(line.position),
+            *([escape(row.account)] if accounts else []),
             escape(name),
-            _days(row.service),
+            service_days(row.service, document.time_zone),
             f"{plain(quantity_decimal(row.quantity))} {escape(row.unit)}",
             *(money(getattr(row, name)) for name in amounts),
         )
     out.print(table)
     for tax in document.document.taxes:
-        label = f"{tax.tax.tax} {plain(tax.tax.percent)} %" if tax.tax.treatment == "standard" else tax.tax.treatment
-        out.print(f"{label} on {money(tax.base)}: {money(tax.amount)}", highlight=False)
+        standard = f"{tax.tax.tax} {plain(tax.tax.percent)} %"
+        label = standard if tax.tax.treatment == "standard" else tax.tax.treatment.replace("_", " ")
+        note = f" ({tax.tax.note})" if tax.tax.note else ""
+        out.print(escape(f"{label} on {money(tax.base)}: {money(tax.amount)}{note}"), highlight=False)
     totals = document.totals
     sums = f"net {money(totals.net)}, tax {money(totals.tax)}, total {money(totals.total)}"
     paid = f"credits {money(totals.credits)}, balance {money(totals.balance)}"
     out.print(f"{sums}; {paid}; payable {money(totals.payable)} {document.currency}", highlight=False)
+    if document.fx is not None:
+        currency, rate, day, source = document.fx
+        out.print(escape(f"1 {document.currency} = {plain(rate)} {currency} ({source}, {day})"), highlight=False)
     for one in settled:
         booked = f"{one.at:%Y-%m-%d} {one.kind.replace('_', ' ')} {one.amount:,} by {one.by} {one.reference}"
         out.print(escape(booked), highlight=False)
@@ -162,13 +173,6 @@ def show_document(document: Issued, linked: Sequence[Link] = (), settled: Sequen
         why = f" ({link.reason_code})" if link.reason_code else ""
         what = f"{link.relation} {link.kind.replace('_', ' ')} {link.number or link.document}{why}"
         out.print(escape(what), highlight=False)
-
-
-def _days(service: Period) -> str:
-    """First and last day, UTC."""
-    first, last = to_datetime(service.start_us), to_datetime(service.end_us - 1)
-    same = (first.year, first.month) == (last.year, last.month)
-    return f"{first:%Y-%m-%d}…{last:%d}" if same else f"{first:%Y-%m-%d}…{last:%Y-%m-%d}"
 
 
 class _Money:
@@ -181,7 +185,7 @@ class _Money:
         return f"{whole(amount, self._currency):,}"
 
 
-def _document_data(document: Issued) -> dict[str, Any]:
+def _document_data(document: Stored) -> dict[str, Any]:
     currency = document.currency
     totals = {name: whole(amount, currency) for name, amount in document.totals._asdict().items()}
     return {
@@ -194,6 +198,7 @@ def _document_data(document: Issued) -> dict[str, Any]:
         "currency": currency,
         "period_start": to_datetime(document.period.start_us),
         "period_end": to_datetime(document.period.end_us),
+        "time_zone": document.time_zone,
         "tax_date": document.tax_date,
         "issue_date": document.issue_date,
         "totals": totals,
@@ -225,7 +230,8 @@ Draft = Annotated[int, typer.Argument(metavar="ID", help="Id of a draft (`tally 
 def review(draft: Draft, by: By = None, data_dir: DataDir = None, as_json: Json = False) -> None:
     """Put on record that a draft was looked at, with its payer's others of the month. From then on it is frozen.
 
-    Refused where it would come out otherwise by now. Look at it first: `tally invoices pdf ID --drafts`.
+    Refused where it would come out otherwise by now. Look at it first: `tally invoices show ID`, or `pdf ID`. What was
+    reviewed stands under an id of its own, which `tally invoices issue` takes.
     """
     settings = settings_for(data_dir)
     with _connected(settings) as connection:
@@ -234,7 +240,7 @@ def review(draft: Draft, by: By = None, data_dir: DataDir = None, as_json: Json 
         emit_json({"reviewed": ids})
         return
     for id in ids:
-        out.print(f"draft {id} is reviewed: `tally invoices issue {id}` issues it", highlight=False)
+        out.print(f"document {id} is reviewed: `tally invoices issue {id}` issues it", highlight=False)
 
 
 @invoices.command()
@@ -309,6 +315,9 @@ def _credited(made: Credited) -> str:
         parts.append(f"{made.to_balance:,} to the balance")
     if made.to_refund:
         parts.append(f"{made.to_refund:,} to be paid out")
+    given_back = -made.total - made.taken_off - made.to_balance - made.to_refund
+    if given_back > 0:
+        parts.append(f"{given_back:,} had been paid by credits or coupons")
     return "; ".join(parts)
 
 
@@ -330,7 +339,13 @@ def void(
     with _connected(settings) as connection:
         id = find(connection, number, legal_entity=entity)
         done = voids.void(connection, id, reason=chosen, note=why, actor=by or settings.actor, now=datetime.now(UTC))
-    _say(done, f"{done.number} is void: {done.total:,} {done.currency} is unbilled again", as_json=as_json)
+    _say(done, _voided(done), as_json=as_json)
+
+
+def _voided(done: voids.Voided) -> str:
+    if done.total < 0:
+        return f"{done.number} is void: {-done.total:,} {done.currency} is not given back any more"
+    return f"{done.number} is void: {done.total:,} {done.currency} is unbilled again"
 
 
 @invoices.command()
@@ -397,7 +412,8 @@ def write_off(
     with _connected(settings) as connection:
         id = find(connection, number, legal_entity=entity)
         done = give_up(connection, id, at=datetime.now(UTC), why=why, actor=by or settings.actor)
-    _say(done, _settled(done), as_json=as_json)
+    lost = f"{done.booked:,} {done.currency} given up on {done.number}: it is {done.state}, {done.open:,} open"
+    _say(done, lost, as_json=as_json)
 
 
 def _settled(done: Settled) -> str:
@@ -495,9 +511,9 @@ def threshold(
 
     Exit code 4 where a customer could not be billed; the others are.
     """
-    settings = settings_for(data_dir)
     now = datetime.now(UTC)
-    of = Month.parse(month) if month else Month(now.year, now.month)
+    of = month_named(month, "--month") if month else Month(now.year, now.month)
+    settings = settings_for(data_dir)
     found: list[Unbilled] = []
     problems: list[str] = []
     with _connected(settings) as connection:

@@ -49,7 +49,8 @@ def check(files: Files, as_json: Json = False) -> None:
     if as_json:
         emit_json({"items": _counts(drafts), "findings": [_finding_json(finding) for finding in drafts.findings]})
     elif not drafts.findings:
-        out.print(f"No mistake in {', '.join(f'{n} {what}' for what, n in _counts(drafts).items()) or 'nothing'}.")
+        counted = ", ".join(f"{n} {what if n == 1 else _PLURALS[what]}" for what, n in _counts(drafts).items())
+        out.print(f"No mistake in {counted or 'nothing'}.")
     if drafts.findings:
         _show_findings(drafts.findings, as_json=as_json)
         raise typer.Exit(EXIT_FINDINGS)
@@ -141,6 +142,7 @@ def show(
 
 
 _KINDS = ("legal_entity", "customer", "tax", "coupon")
+_PLURALS = {"legal entity": "legal entities", "customer": "customers", "tax": "taxes", "coupon": "coupons"}
 
 
 def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from enum import Enum
 from typing import Any, NoReturn
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from confluent_kafka import KafkaException
 from psycopg import OperationalError
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.core.periods import Period, to_datetime
 from pipeline.infra.embedded import EmbeddedError
 from pipeline.infra.topics import TopicMismatch
 
@@ -52,6 +54,14 @@ def _plain(value: object) -> object:
 def emit_json(value: Any) -> None:
     """Write one JSON value on stdout. Decimals become exact strings, times ISO 8601, bytes hex."""
     sys.stdout.write(json.dumps(value, default=_plain, indent=2) + "\n")
+
+
+def service_days(period: Period, time_zone: str) -> str:
+    """First and last day of a period, by the clock of a zone (IANA)."""
+    zone = ZoneInfo(time_zone)
+    first, last = (to_datetime(at_us).astimezone(zone) for at_us in (period.start_us, period.end_us - 1))
+    same = (first.year, first.month) == (last.year, last.month)
+    return f"{first:%Y-%m-%d}…{last:%d}" if same else f"{first:%Y-%m-%d}…{last:%Y-%m-%d}"
 
 
 def fail(message: str, code: int = EXIT_ERROR) -> NoReturn:

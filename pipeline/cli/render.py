@@ -18,7 +18,7 @@ from pipeline.documents.brand import BrandError
 from pipeline.documents.exports import as_json, json_text, write_csv
 from pipeline.documents.files import NotWritten, file_name, write
 from pipeline.documents.model import Document
-from pipeline.documents.read import Wanted, find, read
+from pipeline.documents.read import NotReadable, Wanted, find, read_each
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
 
@@ -62,7 +62,7 @@ def pdf(
     """Write documents as PDF/A-3 with the e-invoice (Factur-X, EN 16931) inside, NUMBER.pdf each.
 
     The same document gives the same bytes, and files that are there unchanged are left alone: a run that was cut short
-    goes on. Exit code 4 where a document could not be laid out; the others are written.
+    goes on. Exit code 4 where a document could not be read or laid out; the others are written.
     """
     from pipeline.documents.render import write_pdfs  # typesetting and XML: slow to load, and few commands need them
 
@@ -125,7 +125,7 @@ def xml(
 ) -> None:
     """The e-invoice by EN 16931 (CII), as it stands inside the PDF. One on stdout, or several to a folder.
 
-    Exit code 4 for documents that EN 16931 has no words for.
+    Exit code 4 for documents that EN 16931 has no words for, or that could not be read.
     """
     from pipeline.documents.einvoice import NotRepresentable, cii_xml
 
@@ -134,7 +134,8 @@ def xml(
     if to is None and len(ids) > 1:
         fail(f"expected one document or --to FOLDER, got {len(ids):,} documents", EXIT_USAGE)
     unsaid = 0
-    for document in _documents(settings, ids):
+    documents = _Readable(settings, ids)
+    for document in documents:
         try:
             made = cii_xml(document)
         except NotRepresentable as error:
@@ -142,6 +143,7 @@ def xml(
             err.print(escape(str(error)), highlight=False)
             continue
         _put(made, to, document, "xml")
+    documents.report()
     if unsaid:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -155,14 +157,18 @@ def json_(
     to: To = None,
     data_dir: DataDir = None,
 ) -> None:
-    """All that documents say, as JSON: a list on stdout, or a file each in a folder. Money is exact text."""
+    """All that documents say, as JSON: a list on stdout, or a file each in a folder. Money is exact text.
+
+    Exit code 4 where a document could not be read; the others are written.
+    """
     settings = settings_for(data_dir)
-    ids = _found(settings, numbers, month, account, entity, drafts)
+    documents = _Readable(settings, _found(settings, numbers, month, account, entity, drafts))
     if to is None:
-        emit_json([as_json(document) for document in _documents(settings, ids)])
-        return
-    for document in _documents(settings, ids):
-        _put(json_text(document).encode(), to, document, "json")
+        emit_json([as_json(document) for document in documents])
+    else:
+        for document in documents:
+            _put(json_text(document).encode(), to, document, "json")
+    documents.report()
 
 
 def csv(
@@ -174,16 +180,20 @@ def csv(
     to: To = None,
     data_dir: DataDir = None,
 ) -> None:
-    """The lines of documents as CSV, a row each: all on stdout, or a file per document in a folder."""
+    """The lines of documents as CSV, a row each: all on stdout, or a file per document in a folder.
+
+    Exit code 4 where a document could not be read; the others are written.
+    """
     settings = settings_for(data_dir)
-    ids = _found(settings, numbers, month, account, entity, drafts)
+    documents = _Readable(settings, _found(settings, numbers, month, account, entity, drafts))
     if to is None:
-        write_csv(_documents(settings, ids), sys.stdout)
-        return
-    for document in _documents(settings, ids):
-        rows = io.StringIO()
-        write_csv([document], rows)
-        _put(rows.getvalue().encode(), to, document, "csv")
+        write_csv(documents, sys.stdout)
+    else:
+        for document in documents:
+            rows = io.StringIO()
+            write_csv([document], rows)
+            _put(rows.getvalue().encode(), to, document, "csv")
+    documents.report()
 
 
 def _put(content: bytes, to: Path | None, document: Document, ending: str) -> None:
@@ -221,6 +231,24 @@ def _found(
     return ids
 
 
-def _documents(settings: Settings, ids: list[int]) -> Iterator[Document]:
-    with connect(settings.dsn, application="documents") as connection:
-        yield from read(connection, ids)
+class _Readable:
+    """The documents of these ids but for those that cannot be read: they are named on stderr, and counted."""
+
+    def __init__(self, settings: Settings, ids: list[int]) -> None:
+        self._settings, self._ids = settings, ids
+        self._failed = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        with connect(self._settings.dsn, application="documents") as connection:
+            for found in read_each(connection, self._ids):
+                if isinstance(found, NotReadable):
+                    self._failed += 1
+                    err.print(escape(str(found)), highlight=False)
+                else:
+                    yield found
+
+    def report(self) -> None:
+        """After the last one: exit code 4 where there were some."""
+        if self._failed:
+            err.print(f"{self._failed:,} failed.")
+            raise typer.Exit(EXIT_FINDINGS)

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.billing.close_entries import CloseEntry
-from pipeline.billing.rerate import Month, Rerated, preview
+from pipeline.billing.rerate import Rerated, preview
 from pipeline.billing.rerate import rerate as book
 from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.months import month_named
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
 from pipeline.core.money import amount_decimal, plain, quantity_decimal
 from pipeline.core.periods import format_instant, to_micros
@@ -46,7 +47,7 @@ def rerate(
     What differs is booked as entries beside the rated rows, which stay as they are. Exit code 4 where an account has a
     problem that must be settled first; the others are booked.
     """
-    month, now = Month.parse(period), datetime.now(UTC)
+    month, now = month_named(period, "--period"), datetime.now(UTC)
     if month.period_in(_FIRST_ZONE).start_us > to_micros(now + _LONGEST_PERIOD):
         fail(f"expected a month that has begun, got {period}: what it will hold is not known yet", EXIT_USAGE)
     if not dry_run and not (why or "").strip():

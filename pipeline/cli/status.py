@@ -244,7 +244,7 @@ def _missing(status: Status, missing: Missing) -> Iterator[RenderableType]:
 
 
 def _next(one: ReasonCount, now: datetime) -> str:
-    said = []
+    said = [f"{one.discarded:,} discarded"] if one.discarded else []
     if one.next_due_at is not None:
         seconds = (one.next_due_at - now).total_seconds()
         said.append(f"tried again in {span(seconds)}" if seconds > 0 else "tried again now")

@@ -68,6 +68,7 @@ def close_segment(
     span: Span,
     *,
     openings: Mapping[Counter, Opening] | None = None,
+    credited: Mapping[Counter, Quantity] | None = None,
 ) -> dict[Counter, Closing]:
     """Every counter of a segment at its closing price: pools allotted, minimums and maximums applied.
 
@@ -77,9 +78,11 @@ def close_segment(
     concern all of them together. Above the maximum each gives off its part in proportion to its amount (largest
     remainder); what is missing to the minimum stands on the counter of cell () and subject "".
 
+    ``credited``: units of each counter that credits pay for (``pipeline.core.credits.credit_segment``).
+
     Raises ValueError as ``closing_price``.
     """
-    openings = openings or {}
+    openings, credited = openings or {}, credited or {}
     pooled: dict[Counter, Quantity] = {}
     for pool in pools:
         pooled |= close_pools(pool, usage)
@@ -100,6 +103,7 @@ def close_segment(
                 cell=counter.cell,
                 opening=openings.get(counter),
                 pooled=pooled.get(counter, 0),
+                credited=credited.get(counter, 0),
             )
             for counter in due
         }
@@ -116,12 +120,14 @@ def closing_price(
     cell: tuple[str, ...] = (),
     opening: Opening | None = None,
     pooled: Quantity = 0,
+    credited: Quantity = 0,
 ) -> Closing:
     """What one counter costs. Members in any order: the result does not depend on it.
 
     ``meter`` is None for a flat charge only. ``opening``: what stood before the span, for meters that carry over.
-    ``pooled``: units a shared pool pays for (``close_pools``), before the charge's own included ones. Minimum and
-    maximum of a charge that is split into cells or subjects concern all its counters: ``close_segment`` applies them.
+    ``pooled``: units a shared pool pays for (``close_pools``), before the charge's own included ones; ``credited``:
+    units that credits pay for, after these. Minimum and maximum of a charge that is split into cells or subjects
+    concern all its counters: ``close_segment`` applies them.
 
     Raises ValueError for a charge that cannot be priced and for a quantity beyond a last tier that parks: rows never
     lie there, but a back-dated price may not reach as far as they do.
@@ -134,7 +140,7 @@ def closing_price(
     elif meter is None:
         raise ValueError(f"charge {charge.id}: expected a meter for model {charge.model}, got none")
     else:
-        closing = _metered(charge, meter, list(members), span, cell, opening, pooled)
+        closing = _metered(charge, meter, list(members), span, cell, opening, pooled, credited)
     return closing if charge.split else _limited(charge, {Counter(charge.id): closing}, span)[Counter(charge.id)]
 
 
@@ -174,11 +180,12 @@ def _metered(
     cell: tuple[str, ...],
     opening: Opening | None,
     pooled: Quantity,
+    credited: Quantity,
 ) -> Closing:
     period_us = span.period.end_us - span.period.start_us
     quantity = aggregate(meter, members, span.start_us, span.end_us, opening, period_us=period_us)
     if not charge.per_level:
-        return _closing(quantity, tier_shares(charge, quantity, cell, pooled))
+        return _closing(quantity, tier_shares(charge, quantity, cell, pooled, credited))
     levels = standing(meter, members, Period(span.start_us, span.end_us), opening if meter.carries_over else None)
     return _closing(quantity, level_shares(charge, levels, period_us))
 

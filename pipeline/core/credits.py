@@ -6,7 +6,7 @@ of one currency for the others.
 
 In the order of law 6 a close does this, each step with the grants of its kind:
 
-1. units: ``draw_units`` over the counters' members; what each counter gets is ``pooled`` of its closing price.
+1. units: ``credit_segment`` over the counters' members; what each counter gets is ``credited`` in its closing price.
 2. net: ``spread`` each line's rounded amount over its events, ``draw``; the draws are discounts of the lines.
 3. total: ``spread`` the document's total, tax included, over its events, ``draw``; the draws pay it.
 
@@ -14,14 +14,17 @@ Spread in steps of the currency's minor unit, every draw is a whole number of th
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from pipeline.core.closing import Counter
+from pipeline.core.charges import Charge, check_metering
+from pipeline.core.closing import Counter, close_pools
 from pipeline.core.members import Member
+from pipeline.core.meters import Meter
 from pipeline.core.money import AMOUNT_DECIMALS, Amount, Micros, Quantity, minor_units, round_half_up_div
+from pipeline.core.plans import Pool
 
 #: prepaid: paid for. promotional: given away, mostly with an end. service: for an outage or a breach of what was
 #: promised. correction: sets right what was billed wrongly.
@@ -278,19 +281,78 @@ def draw_units(
     """Draw unit credits for the members of additive counters: the draws, and the units each counter gets.
 
     ``free``: units each counter has anyway (its charge's included ones, its part of a pool): those go first. What a
-    counter gets here, added to its part of a pool, is ``pooled`` of ``closing_price``.
+    counter gets here is ``credited`` of ``closing_price``. As of a pool, it gets no more than it used in the end, so
+    nothing is ever given back, and drawing again with no more than what was drawn comes to the same.
     """
     names = {counter_line(counter): counter for counter in usage}
-    owed = (
-        Owed(member.at_us, member.key, line, counter.charge, member.quantity)
-        for line, counter in names.items()
-        for member in usage[counter]
-    )
+    owed = (use for line, counter in names.items() for use in _uses(line, counter, usage[counter]))
     drawn = draw(grants, owed, free={counter_line(counter): units for counter, units in (free or {}).items()})
     units: defaultdict[Counter, Quantity] = defaultdict(int)
     for part in drawn.draws:
         units[names[part.line]] += part.amount
     return drawn, dict(units)
+
+
+def _uses(line: str, counter: Counter, members: Sequence[Member]) -> Iterator[Owed]:
+    """What each event adds to a counter that ends at the sum of all: none of it is taken back by a later one."""
+    total = sum(member.quantity for member in members)
+    used = reached = 0
+    for member in sorted(members):
+        used += member.quantity
+        added = min(used, total) - reached
+        if added > 0:
+            reached += added
+            yield Owed(member.at_us, member.key, line, counter.charge, added)
+
+
+def credit_segment(
+    grants: Sequence[Grant],
+    charges: Iterable[tuple[Charge, Meter | None]],
+    pools: Iterable[Pool],
+    usage: Mapping[Counter, Sequence[Member]],
+) -> tuple[list[Grant], dict[Counter, dict[str, Quantity]]]:
+    """Draw unit credits for a segment's counters, after their parts of pools and what their charges include.
+
+    The grants with what is left of them, for the next segment, and the units each counter got, by grant. Segments of an
+    account follow each other in time, so drawing for one after the other is drawing in the order of event time.
+
+    Raises ValueError for usage whose grant names a charge that is not priced by a quantity: what was granted for it
+    cannot be given, and must not be billed either.
+    """
+    by_id = {charge.id: (charge, meter) for charge, meter in charges}
+    concerned = {
+        counter: members
+        for counter, members in usage.items()
+        if any(
+            grant.amount and grant.pays_for(counter.charge) and any(grant.valid_at(member.at_us) for member in members)
+            for grant in grants
+        )
+    }
+    for counter in concerned:
+        _check_takes_units(*by_id[counter.charge])
+    free: defaultdict[Counter, Quantity] = defaultdict(int)
+    for pool in pools:
+        for counter, units in close_pools(pool, usage).items():
+            free[counter] += units
+    for counter in concerned:
+        free[counter] += by_id[counter.charge][0].included
+    drawn, _ = draw_units(grants, concerned, free=free)
+    names = {counter_line(counter): counter for counter in concerned}
+    found: defaultdict[Counter, dict[str, Quantity]] = defaultdict(dict)
+    for part in drawn.draws:
+        found[names[part.line]][part.grant] = part.amount
+    return [replace(grant, amount=drawn.left[grant.id]) for grant in grants], dict(found)
+
+
+def _check_takes_units(charge: Charge, meter: Meter | None) -> None:
+    try:
+        if meter is not None:
+            check_metering(charge, meter, pooled=True)
+    except ValueError as error:
+        raise ValueError(
+            f"unit credits were granted for charge {charge.id}, which cannot draw units any more than from a pool "
+            f"({error}): `tally credits void` them, and grant their worth in money"
+        ) from error
 
 
 def spread(amount: Amount, parts: Sequence[Owed], *, step: Amount = 1) -> list[Owed]:

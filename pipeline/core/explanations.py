@@ -105,6 +105,8 @@ def _text(share: Share, wording: Wording) -> str:
     match share.kind:
         case "pool":
             return f"{_units(share, wording)} from the shared pool: free"
+        case "credits":
+            return f"{_units(share, wording)} paid for by credits: free"
         case "included" if share.events is not None:
             return f"{_count(share.events, 'event')} free, {_units(share, wording)} in all"
         case "included":

@@ -38,7 +38,7 @@ _CLASSES: dict[Kind, type[Item]] = {
 }
 _KINDS: dict[type[Item], Kind] = {cls: kind for kind, cls in _CLASSES.items()}
 #: What stands beside the document.
-_BESIDE = frozenset({"id", "account", "version"})
+_BESIDE = frozenset({"id", "account", "version", "billing_time_zone"})
 #: Amounts of money, which in the types are integers like others.
 _AMOUNTS = frozenset({(Customer, "threshold"), (Coupon, "amount")})
 
@@ -55,7 +55,7 @@ def id_of(item: Item) -> str:
 
 
 def to_document(item: Item) -> dict[str, Any]:
-    """The item as JSON-ready data, but for its id and version, which stand beside it."""
+    """The item as JSON-ready data, but for its id and version and an account's time zone, which stand beside it."""
     return {name: value for name, value in _write_fields(item).items() if name not in _BESIDE}
 
 

@@ -156,3 +156,5 @@ class Customer:
     tax_categories: Mapping[str, str] = field(default_factory=dict)
     #: In the sequence they are applied in.
     coupons: tuple[CustomerCoupon, ...] = ()
+    #: The account's, IANA; "" where it is not known. Not the customer's own: it stands with the account.
+    billing_time_zone: str = ""

@@ -5,8 +5,8 @@ the versions valid at each event's time, what does every line hold? What is book
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
@@ -15,6 +15,7 @@ from pipeline.core.catalog import Catalog, Segment
 from pipeline.core.cells import cell_text
 from pipeline.core.charges import Charge, ChargeClass, charge_class, compile_amount
 from pipeline.core.closing import Closing, Counter, close_segment
+from pipeline.core.credits import Grant, credit_segment
 from pipeline.core.members import Member
 from pipeline.core.meters import Cell, Measure, Meter, Properties, compile_cell, compile_measure
 from pipeline.core.money import Amount, Micros, Quantity
@@ -48,6 +49,8 @@ class ClosedLine:
     quantities: Mapping[int, Quantity]
     #: Of its counters, one unless each subject has its own; their amounts add up to ``amount``.
     closings: Mapping[Counter, Closing]
+    #: Units that each grant of unit credits for the charge paid for (1e-9), 0 too, by grant.
+    units: Mapping[str, Quantity] = field(default_factory=dict)
 
     @property
     def quantity(self) -> Quantity:
@@ -74,7 +77,13 @@ class ClosedPeriod:
 
 
 def close_period(
-    catalog: Catalog, account: str, period: Period, uses: Iterable[Use], earlier: Iterable[Use] = ()
+    catalog: Catalog,
+    account: str,
+    period: Period,
+    uses: Iterable[Use],
+    earlier: Iterable[Use] = (),
+    *,
+    grants: Sequence[Grant] = (),
 ) -> ClosedPeriod:
     """Price an account's whole period anew. ``uses`` are its events in the period, in any order.
 
@@ -82,11 +91,15 @@ def close_period(
     all its counters or, where one of its meters cannot measure it, in none (law 2): then it is ``refused``, as is one
     whose contract by now has other billing periods.
 
-    Raises ValueError for a charge that cannot be priced, also where usage lies beyond a last tier that parks.
+    ``grants``: the account's unit credits with what is there for the period; they are drawn before units are priced.
+
+    Raises ValueError for a charge that cannot be priced, also where usage lies beyond a last tier that parks, or where
+    units were granted for a charge that is not priced by a quantity.
     """
     by_segment: defaultdict[_Place, _Counters] = defaultdict(lambda: defaultdict(_Gathered))
     refused: list[tuple[Use, Rejection]] = []
-    finder = _Finder(catalog, account, period)
+    credited = frozenset(charge for grant in grants for charge in grant.charges)
+    finder = _Finder(catalog, account, period, credited)
     for use in uses:
         found = finder.find(use)
         if isinstance(found, Rejection):
@@ -103,7 +116,8 @@ def close_period(
     levels = _Levels(catalog, earlier)
     lines: list[ClosedLine] = []
     for segment in segments:
-        lines += _close_segment(catalog, segment, by_segment[_place(segment)], levels)
+        closed, grants = _close_segment(catalog, segment, by_segment[_place(segment)], levels, grants)
+        lines += closed
     return ClosedPeriod(account, period, segments, tuple(lines), tuple(refused))
 
 
@@ -164,8 +178,8 @@ class _Found(NamedTuple):
 class _Finder:
     """Where events count, looked up once for each span of time in which that does not change."""
 
-    def __init__(self, catalog: Catalog, account: str, period: Period) -> None:
-        self._catalog, self._account, self._period = catalog, account, period
+    def __init__(self, catalog: Catalog, account: str, period: Period, credited: Collection[str]) -> None:
+        self._catalog, self._account, self._period, self._credited = catalog, account, period, credited
         self._spans: defaultdict[str, list[_Found]] = defaultdict(list)
 
     def find(self, use: Use) -> _Found | Rejection:
@@ -181,11 +195,14 @@ class _Finder:
         # The meters that count within a segment all make one quantity of its events in the same way.
         closing = {charge.id: meter for charge, meter in self._catalog.metered(terms.segment)}
         ways = tuple(
-            _way(charge, meter, summed=class_in(terms.segment, charge, closing[charge.id]) == "running")
+            _way(charge, meter, summed=self._is_summed(terms.segment, charge, closing[charge.id]))
             for charge, meter in terms.priced
         )
         spans.append(_Found(terms.start_us, terms.end_us, _place(terms.segment), ways))
         return spans[-1]
+
+    def _is_summed(self, segment: Segment, charge: Charge, meter: Meter | None) -> bool:
+        return class_in(segment, charge, meter) == "running" and charge.id not in self._credited
 
 
 def _elsewhere(segment: Segment) -> Rejection:
@@ -270,15 +287,31 @@ def _counter(use: Use, way: _Way) -> Counter:
 # -- from counters to lines
 
 
-def _close_segment(catalog: Catalog, segment: Segment, counters: _Counters, levels: "_Levels") -> list[ClosedLine]:
+def _close_segment(
+    catalog: Catalog, segment: Segment, counters: _Counters, levels: "_Levels", grants: Sequence[Grant]
+) -> tuple[list[ClosedLine], Sequence[Grant]]:
+    """A segment's lines, and what is left of the grants then."""
     charges = catalog.metered(segment)
     openings = levels.before(charges)
     usage = {counter: gathered.as_members(segment.start_us) for counter, gathered in counters.items()}
-    closings = close_segment(charges, segment.pools, usage, segment.span, openings=openings)
+    left, units = credit_segment(grants, charges, segment.pools, usage) if grants else ([], {})
+    credited = {counter: sum(parts.values()) for counter, parts in units.items()}
+    closings = close_segment(charges, segment.pools, usage, segment.span, openings=openings, credited=credited)
     levels.advance(charges, usage, openings)
     events = {counter: gathered.events for counter, gathered in counters.items()}
     measured = {counter: gathered.measured for counter, gathered in counters.items()}
-    return lines_of(segment, charges, closings, events, measured)
+    lines = lines_of(segment, charges, closings, events, measured)
+    return [_with_units(line, grants, units) for line in lines] if grants else lines, left
+
+
+def _with_units(
+    line: ClosedLine, grants: Iterable[Grant], units: Mapping[Counter, Mapping[str, Quantity]]
+) -> ClosedLine:
+    paying = [grant.id for grant in grants if grant.pays_for(line.charge.id)]
+    if not paying:
+        return line
+    drawn = {id: sum(units.get(counter, {}).get(id, 0) for counter in line.closings) for id in paying}
+    return replace(line, units=drawn)
 
 
 def lines_of(

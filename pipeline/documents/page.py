@@ -317,7 +317,7 @@ class _Page:
         return self.language.number(part.quantity) if part.quantity else ""
 
     def _part_price(self, part: Part, line: Line) -> str:
-        if part.kind in ("pool", "included"):
+        if part.kind in ("pool", "included", "credits"):
             return self.say("free")
         if part.kind == "events":
             return self.language.percent(Decimal(f"{plain(part.unit_price)}E2"))

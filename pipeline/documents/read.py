@@ -5,7 +5,7 @@ What changes later is not read: a document says what it said when it was made. O
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -37,6 +37,7 @@ from pipeline.documents.model import (
 #: Documents read with one statement per table: few statements, and a chunk of long ones still fits into memory.
 CHUNK = 200
 _MICROSECOND = timedelta(microseconds=1)
+_Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Wanted:
 
     #: Numbers as printed, or ids of drafts and documents.
     names: tuple[str, ...] = ()
-    #: Billing periods that end in this month, ``YYYY-MM``, by the seller's clock.
+    #: Billing periods whose last instant is in this month, ``YYYY-MM``, by the payer's clock.
     month: str | None = None
     #: Who pays.
     account: str | None = None
@@ -54,11 +55,13 @@ class Wanted:
     every_state: bool = False
 
 
-_FIND = """
+# Documents made before the payer's zone was kept have the seller's; so has `_zone`.
+_TIME_ZONE = "coalesce(nullif(content #>> '{buyer,time_zone}', ''), content #>> '{seller,time_zone}', 'UTC')"
+_FIND = f"""
 SELECT id, number, legal_entity FROM billing.document
 WHERE (%(names)s::text[] IS NULL OR number = ANY(%(names)s) OR (number IS NULL AND id::text = ANY(%(names)s)))
     AND (%(month)s::text IS NULL OR to_char((period_end - interval '1 microsecond')
-        AT TIME ZONE coalesce(content #>> '{seller,time_zone}', 'UTC'), 'YYYY-MM') = %(month)s)
+        AT TIME ZONE {_TIME_ZONE}, 'YYYY-MM') = %(month)s)
     AND (%(account)s::text IS NULL OR account = %(account)s)
     AND (%(entity)s::text IS NULL OR legal_entity = %(entity)s)
     AND (%(every)s OR state = 'issued')
@@ -120,8 +123,30 @@ WHERE discount.document_id = ANY(%s) ORDER BY discount.document_id, discount.pos
 """
 
 
+class NotReadable(ValueError):
+    """What is stored of a document is not what this program writes."""
+
+    def __init__(self, row: _Row, error: Exception) -> None:
+        self.name = str(row["number"] or f"draft-{row['id']}")
+        super().__init__(
+            f"{self.name}: expected a document as this program writes it, got what it cannot read "
+            f"({type(error).__name__}: {error}); a newer version may have made it"
+        )
+
+
 def read(connection: "Connection[Any]", ids: Sequence[int]) -> Iterator[Document]:
-    """The documents with these ids, in their order, a chunk at a time. Raises LookupError for an id there is not."""
+    """The documents with these ids, in their order, a chunk at a time.
+
+    Raises LookupError for an id there is not, NotReadable.
+    """
+    for found in read_each(connection, ids):
+        if isinstance(found, NotReadable):
+            raise found
+        yield found
+
+
+def read_each(connection: "Connection[Any]", ids: Sequence[int]) -> Iterator[Document | NotReadable]:
+    """As ``read``, but one that cannot be read is told in its place, and the others follow."""
     for start in range(0, len(ids), CHUNK):
         chunk = list(ids[start : start + CHUNK])
         rows = {row["id"]: row for row in _rows(connection, _SELECT, chunk)}
@@ -132,9 +157,40 @@ def read(connection: "Connection[Any]", ids: Sequence[int]) -> Iterator[Document
         for id in chunk:
             if id not in rows:
                 raise LookupError(f"expected the id of a document, got {id}: there is none")
-        notices = _notices(connection, rows, lines)
-        for id in chunk:
-            yield _document(rows[id], lines[id], taxes[id], discounts[id], notices.get(id, ()))
+        made = {id: _made(rows[id], lines[id], taxes[id], discounts[id]) for id in chunk}
+        yield from _with_changes(connection, made, rows, lines)
+
+
+# What a shape that is not expected makes Python raise: InvalidOperation is an ArithmeticError, a zone that is none a
+# LookupError.
+_MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def _made(row: _Row, lines: Sequence[_Row], taxes: Sequence[_Row], discounts: Sequence[_Row]) -> Document | NotReadable:
+    try:
+        return _document(row, lines, taxes, discounts)
+    except _MISSHAPEN as error:
+        return NotReadable(row, error)
+
+
+def _with_changes(
+    connection: "Connection[Any]",
+    made: Mapping[int, Document | NotReadable],
+    rows: Mapping[int, _Row],
+    lines: Mapping[int, Sequence[_Row]],
+) -> list[Document | NotReadable]:
+    """Documents with what changed since the ones before; where that cannot be told of one, the others one by one."""
+    readable = {id: rows[id] for id, one in made.items() if isinstance(one, Document)}
+    try:
+        notices = _notices(connection, readable, lines)
+    except _MISSHAPEN as error:
+        if len(made) == 1:
+            return [NotReadable(row, error) for row in readable.values()]
+        return [found for id, one in made.items() for found in _with_changes(connection, {id: one}, rows, lines)]
+    return [
+        one if isinstance(one, NotReadable) else replace(one, notices=one.notices + notices.get(id, ()))
+        for id, one in made.items()
+    ]
 
 
 def _rows(connection: "Connection[Any]", statement: str, ids: list[int]) -> list[dict[str, Any]]:
@@ -147,9 +203,6 @@ def _by_document(rows: list[dict[str, Any]]) -> defaultdict[int, list[dict[str, 
     for row in rows:
         found[row["document_id"]].append(row)
     return found
-
-
-_Row = Mapping[str, Any]
 
 
 def _notices(
@@ -176,12 +229,12 @@ def _priced(row: _Row) -> Priced:
 
 
 def _zone(row: _Row) -> ZoneInfo:
-    return ZoneInfo(row["content"].get("seller", {}).get("time_zone") or "UTC")
+    """Whose days a document's periods are made of: the payer's, where it says so."""
+    named = (row["content"].get(party, {}).get("time_zone") for party in ("buyer", "seller"))
+    return ZoneInfo(next(filter(None, named), "UTC"))
 
 
-def _document(
-    row: _Row, lines: Sequence[_Row], taxes: Sequence[_Row], discounts: Sequence[_Row], changes: tuple[Notice, ...]
-) -> Document:
+def _document(row: _Row, lines: Sequence[_Row], taxes: Sequence[_Row], discounts: Sequence[_Row]) -> Document:
     content = row["content"]
     seller, buyer, policies = (content.get(key, {}) for key in ("seller", "buyer", "policies"))
     branding = seller.get("branding", {})
@@ -224,7 +277,7 @@ def _document(
         policy=policy,
         branding=Branding(**branding),
         logo=(row["logo_type"], bytes(row["logo"])) if row["logo"] else None,
-        notices=(*map(_notice, content.get("notices", ())), *changes),
+        notices=tuple(map(_notice, content.get("notices", ()))),
         accounts=tuple(sorted(content.get("accounts", {}).items())),
     )
 
@@ -246,7 +299,7 @@ def _party(id: str, party: _Row) -> Party:
 
 
 def _span(row: _Row, zone: ZoneInfo) -> Span:
-    """Stored half-open in UTC; written from the first to the last day by the seller's calendar."""
+    """Stored half-open in UTC; written from the first to the last day by the payer's calendar."""
     start, end = row["period_start"], row["period_end"]
     first = start.astimezone(zone).date()
     return Span(first, max(first, (end - _MICROSECOND).astimezone(zone).date()))
@@ -365,9 +418,11 @@ def _corrects(row: _Row) -> DocumentReference | None:
 
 
 def _notice(notice: _Row) -> Notice:
-    before, after, since = (notice.get(key) for key in ("before", "after", "since"))
+    kind, since = notice["kind"], notice.get("since")
+    # Of a change of plan they are the plans' names; ``name`` says what is printed.
+    before, after = (notice.get(key) if kind == "price_changed" else None for key in ("before", "after"))
     return Notice(
-        kind=notice["kind"],
+        kind=kind,
         name=notice.get("name", ""),
         since=date.fromisoformat(since[:10]) if since else None,
         before=None if before is None else Decimal(before),

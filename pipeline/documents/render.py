@@ -12,7 +12,7 @@ from pipeline.documents.einvoice import NotRepresentable, cii_xml
 from pipeline.documents.files import file_name, title, write
 from pipeline.documents.model import Document
 from pipeline.documents.pdf import Renderer, RenderError
-from pipeline.documents.read import read
+from pipeline.documents.read import NotReadable, read_each
 from pipeline.infra.postgres import connect
 
 #: Documents a process takes at a time: some seconds of work, so that the last ones end together.
@@ -85,10 +85,12 @@ def _start_worker(branding: Path | None) -> None:
 
 def _write_chunk(dsn: str, ids: Sequence[int], folder: Path) -> list[Made]:
     with connect(dsn, application="documents") as connection:
-        return [_write_one(document, folder) for document in read(connection, ids)]
+        return [_write_one(document, folder) for document in read_each(connection, ids)]
 
 
-def _write_one(document: Document, folder: Path) -> Made:
+def _write_one(document: Document | NotReadable, folder: Path) -> Made:
+    if isinstance(document, NotReadable):
+        return Made(document.name, problem=str(document))
     name = title(document)
     try:
         content, why = _maker.pdf(document)

@@ -2,6 +2,11 @@
 
 ``billing.unrated_event`` holds every event that was not rated at first sight, under the place where it arrived. The
 sink keeps it in step with the letters on Kafka; a person's decisions are written here and by the module ``replay``.
+
+A decision to discard says that nobody waits for the event: it is not missing when a month is closed. Of a dead letter
+that is all, until a replay. A parked event the rater has on the retry topic, and tries on whatever is decided here:
+if the catalog has an answer in time it is billed after all, late where its period is closed by then; if not it becomes
+a dead letter, which is discarded already.
 """
 
 from collections.abc import Iterable, Sequence
@@ -106,6 +111,11 @@ class UnratedEvent:
         return self.state in ("parked", "dead_lettered")
 
     @property
+    def waiting(self) -> bool:
+        """Parked, and tried again by itself."""
+        return self.state == "parked" and self.attempts > 0
+
+    @property
     def replaying(self) -> bool:
         """Replayed, and no rater has judged it since."""
         return self.state == "parked" and self.attempts == 0
@@ -117,7 +127,8 @@ class UnratedEvent:
 
     @property
     def discarded(self) -> bool:
-        return self.state == "dead_lettered" and self.decision == "discard"
+        """Not billed, and a person decided that nobody waits for it; a parked one is tried on all the same."""
+        return self.refused and self.decision == "discard"
 
 
 class ReasonCount(NamedTuple):
@@ -138,6 +149,8 @@ class Pick(NamedTuple):
     replays: int
     reason: str
     unfinished: bool
+    #: Tried again by itself (``UnratedEvent.waiting``).
+    waiting: bool = False
 
 
 class Decided(NamedTuple):
@@ -160,7 +173,7 @@ _SELECTED = """
 """
 _REASONS = f"""
 SELECT coalesce(reason, 'unknown'), count(*),
-    count(*) FILTER (WHERE state = 'dead_lettered' AND decision = 'discard'),
+    count(*) FILTER (WHERE state IN ('parked', 'dead_lettered') AND decision = 'discard'),
     count(*) FILTER (WHERE state = 'parked' AND attempts = 0),
     min(appended_at), min(not_before) FILTER (WHERE state = 'parked' AND attempts > 0)
 FROM billing.unrated_event WHERE {_SELECTED}
@@ -177,6 +190,13 @@ WHERE {_SELECTED} AND (
     state = 'dead_lettered' AND decision IS DISTINCT FROM 'discard'
     OR state = 'parked' AND attempts = 0 AND letter_offset = {NOT_SEEN}
 )
+ORDER BY appended_at, origin_topic, origin_partition, origin_offset LIMIT %(limit)s
+"""
+_TO_DISCARD = f"""
+SELECT origin_topic, origin_partition, origin_offset, replays, reason, false, state = 'parked'
+FROM billing.unrated_event
+WHERE {_SELECTED} AND decision IS DISTINCT FROM 'discard'
+    AND (state = 'dead_lettered' OR state = 'parked' AND attempts > 0)
 ORDER BY appended_at, origin_topic, origin_partition, origin_offset LIMIT %(limit)s
 """
 _FIND = f"""
@@ -217,9 +237,12 @@ def to_replay(connection: "Connection[Any]", selection: Selection, limit: int | 
 
 
 def to_discard(connection: "Connection[Any]", selection: Selection, limit: int | None = None) -> list[Pick]:
-    """Dead letters that nobody discarded, oldest first."""
-    rows = connection.execute(_TO_REPLAY, _parameters(selection, "dead_lettered", limit=limit))
-    return [Pick(Origin(*row[:3]), row[3], row[4], row[5]) for row in rows]
+    """Selected dead letters or parked events, by ``selection.state``, that nobody discarded; oldest first.
+
+    Without those that are being replayed: they are judged first.
+    """
+    rows = connection.execute(_TO_DISCARD, _parameters(selection, limit=limit))
+    return [Pick(Origin(*row[:3]), *row[3:]) for row in rows]
 
 
 _HISTORY = "SELECT at, actor, action, detail FROM billing.audit WHERE target = %s ORDER BY id"
@@ -309,9 +332,15 @@ def lock(connection: "Connection[Any]", picks: Iterable[Pick]) -> list[UnratedEv
     return [
         event
         for event in found
-        if event.replays == wanted[event.origin].replays
-        and (event.unfinished if wanted[event.origin].unfinished else event.state == "dead_lettered")
+        if event.replays == wanted[event.origin].replays and _still(event, wanted[event.origin])
     ]
+
+
+def _still(event: UnratedEvent, pick: Pick) -> bool:
+    """Whether an event is in the state it was picked in."""
+    if pick.unfinished:
+        return event.unfinished
+    return event.waiting if pick.waiting else event.state == "dead_lettered"
 
 
 def audit(
@@ -323,10 +352,12 @@ def audit(
 
 
 def discard(connection: "Connection[Any]", picks: Sequence[Pick], *, actor: str, why: str) -> list[Origin]:
-    """Decide that dead letters will not be billed; return those that were discarded.
+    """Decide that nobody waits for refused events any more; return those that were discarded.
 
-    All in one transaction. They stay dead-lettered and are counted so (law 2); a replay undoes the decision. An event
-    that is no dead letter any more, or was discarded already, is left alone.
+    All in one transaction. They stay dead-lettered or parked and are counted so (law 2). A dead letter is not billed
+    unless a replay undoes the decision. A parked event is tried on: rated after all, it is billed, as late usage where
+    its period is closed; tried for the last time, it is a discarded dead letter. An event that is not in the state it
+    was picked in, or was discarded already, is left alone.
     """
     with connection.transaction():
         events = [event for event in lock(connection, picks) if not event.discarded]

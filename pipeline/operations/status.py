@@ -262,6 +262,7 @@ def as_json(status: Status) -> dict[str, Any]:
             {
                 "reason": one.reason,
                 "events": one.events,
+                "discarded": one.discarded,
                 "replaying": one.replaying,
                 "oldest_at": one.oldest_at,
                 "oldest_age_seconds": _age(status.at, one.oldest_at),

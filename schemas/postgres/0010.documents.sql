@@ -41,6 +41,7 @@ CREATE TABLE billing.close_task (
     PRIMARY KEY (run_id, payer)
 ) WITH (fillfactor = 70);
 CREATE INDEX close_task_payer ON billing.close_task (payer);
+CREATE INDEX close_task_consolidated ON billing.close_task (payer) WHERE cardinality(members) > 1;
 CREATE INDEX close_task_waiting ON billing.close_task (run_id, payer) WHERE state = 'waiting';
 COMMENT ON TABLE billing.close_task IS 'The queue of a run, one row per payer; taken with SKIP LOCKED and done in the transaction that writes the payer''s documents';
 COMMENT ON COLUMN billing.close_task.members IS 'The accounts whose lines are on its documents: the payer, then the children it consolidates';
@@ -286,9 +287,9 @@ SELECT
     sum(discount.amount) AS amount
 FROM billing.document_discount AS discount
 JOIN billing.document ON document.id = discount.document_id
-WHERE document.state = 'issued' AND document.kind = 'invoice' AND discount.coupon <> ''
+WHERE document.state IN ('reviewed', 'issued') AND document.kind = 'invoice' AND discount.coupon <> ''
 GROUP BY discount.coupon, document.account, document.legal_entity, document.currency, document.period_start;
-COMMENT ON VIEW billing.coupon_use IS 'Billing periods in which an issued invoice took a coupon: a use each. A voided invoice gives its use back';
+COMMENT ON VIEW billing.coupon_use IS 'Billing periods in which an invoice that is issued, or reviewed to be, took a coupon: a use each. A voided invoice gives its use back';
 
 -- Immutable once issued --------------------------------------------------------------------------------------------------
 

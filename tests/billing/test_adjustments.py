@@ -68,9 +68,9 @@ def connection(world: DatabaseWorld) -> Iterator["Connection[Any]"]:
 def adjust(connection: "Connection[Any]", before: Month | None = NOVEMBER) -> list[Adjustment]:
     catalog = read_catalog(connection, ["acme"])
     with connection.transaction():
-        lock_open(connection, ["acme"])
-        months = late_months(connection, catalog, {"acme": ["acme"]}, before=before).get("acme", [])
-        return [one for month in months for one in restate(connection, catalog, "acme", ["acme"], month)]
+        opened = lock_open(connection, ["acme"])
+        months = late_months(connection, catalog, {"acme": ["acme"]}, opened, before=before).get("acme", [])
+        return [one for month in months for one in restate(connection, catalog, month, opened)]
 
 
 def table(adjustment: Adjustment) -> list[tuple[Any, ...]]:
@@ -167,7 +167,7 @@ def test_a_second_adjustment_takes_back_the_first(world: DatabaseWorld, connecti
     apply(connection, customer("acme", coupons=ten, document_currency="GBP"))
     with pytest.raises(NoRate):  # found out at the last step: nothing is left of the others, and no number is used up
         bill_adjustments(connection, payer, now=NOW, actor="ada")
-    assert late_months(connection, read_catalog(connection, ["acme"]), {"acme": ["acme"]}) == {"acme": [OCTOBER]}
+    assert [one.month for one in adjust(connection)] == [OCTOBER]
     apply(connection, customer("acme", coupons=ten))
     (first,) = bill_adjustments(connection, payer, now=NOW, actor="ada")
     assert (first.kind, first.number, first.corrects) == ("adjustment", "2026-000002", "2026-000001")

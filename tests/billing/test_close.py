@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from psycopg import Connection
 
-from pipeline.billing import credits, queue
+from pipeline.billing import close_chunk, credits, queue
 from pipeline.billing.close import preview, work
-from pipeline.billing.close_chunk import preview_tasks, read_known
+from pipeline.billing.close_chunk import preview_tasks, read_known, settle_money
 from pipeline.billing.documents import NotIssuable
 from pipeline.billing.fx_rates import load as load_rates
 from pipeline.billing.invoicing_store import consolidating, mark
@@ -174,6 +174,22 @@ def test_who_cannot_be_closed_stands_in_nobodys_way(world: DatabaseWorld, connec
     ]
 
 
+def test_a_payer_that_breaks_a_rule_of_the_program_stops_nobody_else(
+    world: DatabaseWorld, connection: "Connection[Any]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.publish(ACCOUNTS, "accounts", None)
+    apply(connection, customer("acme"), customer("umbrella"))
+
+    def of_acme_breaks(connection: Any, payers: Any, *rest: Any) -> Any:
+        assert "acme" not in {payer.task.payer for payer in payers}
+        return settle_money(connection, payers, *rest)
+
+    monkeypatch.setattr(close_chunk, "settle_money", of_acme_breaks)
+    run = close(connection, world.settings)
+    assert [one.payer for one in queue.failed(connection, run.id, 9)] == ["acme"]
+    assert [row[:2] for row in documents(world.settings)] == [("umbrella", "2026-000001")]
+
+
 CHILDREN = """
 accounts:
   - {id: group, name: Group, contracts: [{id: group-1, plan: api, start: 2026-01-01}]}
@@ -202,6 +218,27 @@ def test_a_parent_gets_one_document_with_lines_of_each_child(
     ]
     assert query(world.settings, "SELECT count(*) FROM billing.invoice WHERE state = 'issued'") == [(3,)]
     assert begin(connection, OCTOBER, "north") is None, "a child is closed with its parent"
+
+
+HOLDING = """
+accounts:
+  - {id: holding, name: Holding}
+  - {id: leaf, name: Leaf, parent: holding, contracts: [{id: leaf-1, plan: api, start: 2026-01-01}]}
+  - {id: west, name: West, time_zone: America/Los_Angeles, contracts: [{id: west-1, plan: api, start: 2026-01-01}]}
+"""
+
+
+def test_a_parents_period_is_that_of_its_own_children(world: DatabaseWorld, connection: "Connection[Any]") -> None:
+    """A payer elsewhere, closed in the same transaction, ends later: that moves nobody else's tax date."""
+    world.publish(HOLDING, "accounts", None)
+    apply(connection, customer("holding", consolidates=True), customer("west"))
+    use(world, "2026-10-03T00:00:00Z leaf/a call - n=2", "2026-10-03T00:00:00Z west/a call - n=3")
+    close(connection, world.settings)
+    taxed = query(world.settings, "SELECT account, tax_date, period_end FROM billing.document ORDER BY account")
+    assert taxed == [
+        ("holding", date(2026, 10, 31), datetime(2026, 11, 1, tzinfo=UTC)),
+        ("west", date(2026, 10, 31), datetime(2026, 11, 1, 7, tzinfo=UTC)),
+    ]
 
 
 AHEAD = "accounts: [{id: acme, name: Acme, contracts: [{id: acme-1, plan: ahead, start: 2026-10-16}]}]"
@@ -469,22 +506,10 @@ def test_a_changed_price_is_noticed(world: DatabaseWorld, connection: "Connectio
 
 
 def test_credits_it_cannot_draw_are_never_charged(world: DatabaseWorld, connection: "Connection[Any]") -> None:
-    """Unit credits, and those of a child that its parent is billed for: refused, with what to do."""
+    """Those in money of a child that its parent is billed for: refused, with what to do."""
     world.publish(CHILDREN, "accounts", None)
     apply(connection, customer("group", consolidates=True))
     give(connection, "total", 5, "north")
     (failed,) = queue.failed(connection, close(connection, world.settings).id, 9)
     assert "north has credits of its own (grant 1) but is billed with group" in (failed.problem or "")
-    start = to_micros(datetime(2026, 10, 4, tzinfo=UTC))
-    units = Grant("", 10**9, start, None, "promotional", "units", 0, start, frozenset({"calls"}))
-    asked = credits.Asked("group", "call", units)
-    reason = sorted(GRANT_REASONS["promotional"])[0]
-    credits.decide(
-        connection,
-        credits.request_grant(connection, asked, reason=reason, note="", actor="ada"),
-        "approved",
-        actor="bob",
-    )
-    (failed,) = queue.failed(connection, close(connection, world.settings).id, 9)
-    assert "group has unit credits (grant 2), which the close cannot draw yet" in (failed.problem or "")
     assert documents(world.settings) == []

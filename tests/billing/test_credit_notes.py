@@ -137,7 +137,7 @@ def test_payments_are_bounded_and_what_is_left_can_be_given_up(connection: "Conn
         pay(connection, id, Decimal("0.001"), at=NOW, reference="", actor="ada")
     pay(connection, id, Decimal(100), at=NOW, reference="", actor="ada")
     assert write_off(connection, id, at=NOW, why="insolvent", actor="ada").state == "uncollectible"
-    with pytest.raises(NotPayable, match="expected something open"):
+    with pytest.raises(NotPayable, match="nothing is open on 2026-000001, which is uncollectible"):
         write_off(connection, id, at=NOW, why="insolvent", actor="ada")
 
 

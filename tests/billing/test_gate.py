@@ -317,10 +317,30 @@ def test_who_cannot_get_an_invoice(world: World) -> None:
     found = {one.kind: one for one in world.look()}
     assert found["customers"].what == "1 payer (child): no name and address"
     assert "expected legal entity 'other', got tally" in found["legal_entities"].what
+    assert found["legal_entities"].todo == "`tally invoicing apply FILE` says who sells"
     assert world.kinds(payers=["nobody"]) == []
     world.invoicing(INVOICING.replace("name: Acct,", "name: Acct, consolidates: true,"))
     assert world.kinds() == ["legal_entities"]  # the parent pays for it
     assert world.kinds(payers=["child"]) == ["legal_entities"]
+
+
+def test_what_a_person_discarded_is_passed_over_while_it_is_parked(world: World) -> None:
+    world.execute(f"{UNDECIDED}, state = 'parked'")
+    assert "parked" in world.kinds()
+    world.execute("UPDATE billing.unrated_event SET decision = 'replay'")
+    assert "parked" in world.kinds()
+    world.execute(DISCARD)
+    assert "parked" not in world.kinds()
+
+
+def test_a_contract_that_names_no_legal_entity_where_there_are_two(world: World) -> None:
+    of_tally = INVOICING[INVOICING.index("  - id: tally") : INVOICING.index("taxes:")]
+    world.invoicing(INVOICING.replace("taxes:", of_tally.replace("id: tally", "id: other") + "taxes:"))
+    (one,) = world.look()
+    assert one.what == (
+        "1 payer (acct): expected a contract that names its legal entity, or one legal entity only, got other, tally"
+    )
+    assert one.todo == "add legal_entity to contract contract-acct and `tally accounts apply`"
 
 
 def test_what_was_not_read_is_waited_for_then_listed(settings: Settings, tmp_path: Path) -> None:

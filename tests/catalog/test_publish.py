@@ -689,6 +689,63 @@ def test_a_contract_keeps_its_legal_entity(settings: Settings, prices: Read, acc
     assert "expected legal_entity acme-inc, since 'one' has begun" in refusal(settings, moved, back_dated=True)
 
 
+APPLIED = """
+INSERT INTO billing.invoicing_version (kind, id, version, valid_from, document, applied_by)
+SELECT 'legal_entity', id, 1, '2026-01-01', '{}', 'test' FROM unnest(ARRAY['acme-inc', 'acme-gmbh']) AS id
+"""
+DRAFTED = """
+WITH document AS (
+    INSERT INTO billing.document (kind, legal_entity, account, currency, period_start, period_end, tax_date,
+        lines_amount, discounts_amount, net_amount, tax_amount, total_amount, credits_amount, balance_amount,
+        payable_amount, created_by)
+    VALUES ('invoice', 'acme-inc', 'group', 'USD', '2026-01-01Z', '2026-02-01Z', '2026-01-31', 0, 0, 0, 0, 0, 0, 0,
+        0, 'a')
+    RETURNING id
+) INSERT INTO billing.document_line (document_id, position, kind, account, contract, period_start, period_end, charge,
+    segment_start, quantity, exact_amount, amount, discount_amount, net_amount, tax_amount, total_amount, tax_category)
+SELECT id, 1, 'usage', 'acme', 'one', '2026-01-01Z', '2026-02-01Z', 'tokens', '2026-01-01Z', 0, 0, 0, 0, 0, 0, 0,
+    'standard' FROM document
+"""
+NUMBERED = """
+UPDATE billing.document SET state = 'issued', number = '1', number_series = 'R', number_year = 2026, number_serial = 1,
+    issue_date = '2026-02-01', issued_at = now(), issued_by = 'a'
+"""
+
+
+def test_a_contract_that_names_no_legal_entity_may_name_one(settings: Settings, prices: Read, accounts: Read) -> None:
+    """Who issued its documents, or any where it has none: with a second legal entity it could not be billed else."""
+    publish(settings.dsn, prices(PRICES), actor="test")
+    publish(settings.dsn, accounts(phased()), actor="test")
+    inc, gmbh = (accounts(phased(more=f", legal_entity: {name}")) for name in ("acme-inc", "acme-gmbh"))
+    assert refusal(settings, inc).endswith("got 'acme-inc': `tally invoicing apply` comes first")
+    with connect(settings.dsn, application="test", autocommit=True) as connection:
+        connection.execute(APPLIED)
+        typo = accounts(phased(more=", legal_entity: acme-in"))
+        assert refusal(settings, typo).endswith("is applied, got 'acme-in': did you mean 'acme-inc'?")
+        connection.execute(DRAFTED)
+        connection.execute(NUMBERED)
+    for back_dated in (False, True):
+        assert refusal(settings, gmbh, back_dated=back_dated).endswith(
+            "expected legal_entity acme-inc, since 'one' has documents of that company, got acme-gmbh: end it and add "
+            "another after it"
+        )
+    assert outcomes(publish(settings.dsn, inc, actor="test"))[1:] == [("one", 2, "changed")]
+    assert "expected legal_entity acme-inc, since 'one' has begun" in refusal(settings, gmbh, back_dated=True)
+    assert "got none: end it" in refusal(settings, accounts(phased()))
+
+
+def test_a_contract_without_documents_may_name_any_legal_entity(
+    settings: Settings, prices: Read, accounts: Read
+) -> None:
+    publish(settings.dsn, prices(PRICES), actor="test")
+    publish(settings.dsn, accounts(phased()), actor="test")
+    with connect(settings.dsn, application="test", autocommit=True) as connection:
+        connection.execute(APPLIED)
+        connection.execute(DRAFTED)  # made anew by the next run
+    named = publish(settings.dsn, accounts(phased(more=", legal_entity: acme-gmbh")), actor="test")
+    assert outcomes(named)[1:] == [("one", 2, "changed")]
+
+
 def test_a_customer_segment_changes_from_a_time_on(settings: Settings, prices: Read, accounts: Read) -> None:
     publish(settings.dsn, prices(PRICES), actor="test")
     segmented = ACCOUNTS.replace("name: Acme", "name: Acme\n    customer_segment: x")

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from importlib import import_module
 
+import pytest
 import typer
 
 import pipeline.cli
-from pipeline.cli import MODULES
+from pipeline.cli import MODULES, app
+from pipeline.cli.output import EXIT_USAGE, CommandError
 
 
 def test_the_table_names_what_each_module_registers() -> None:
@@ -32,3 +34,20 @@ def test_a_command_imports_no_other_command() -> None:
     ).stdout
     imported = {name.removeprefix("pipeline.cli.") for name in said.splitlines()[-1].split()}
     assert imported & MODULES.keys() == {"gaps"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["close", "october"],
+        ["close", "2026-13", "--dry-run"],
+        ["invoices", "list", "--month", "october"],
+        ["invoices", "threshold", "--month", "10"],
+        ["rerate", "--period", "october"],
+    ],
+)
+def test_a_malformed_month_is_wrong_usage(command: list[str]) -> None:
+    """Said before any service is asked."""
+    with pytest.raises(CommandError, match="expected a month such as 2026-10, got") as refused:
+        app(command, standalone_mode=False)
+    assert refused.value.code == EXIT_USAGE

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.infra.settings import Settings
 from pipeline.operations.dead_letters import Origin
-from tests.operations.world import INPUT_PRICE, World, eventually
+from tests.operations.world import INPUT_PRICE, World, account_items, eventually
 
 from .running import Tally
 
@@ -135,7 +135,6 @@ def test_parked_events_are_not_replayed(world: World, tally: Tally) -> None:
     eventually(lambda: world.row(stranger).get("attempts", 0), lambda attempts: attempts >= 4)
     said = tally("dlq", "replay", short(stranger), "--why", "now", code=1).stderr
     assert "is parked (unknown_account)" in said and "tried again by itself" in said
-    assert "is parked" in tally("dlq", "discard", short(stranger), "--why", "now", code=1).stderr
     assert tally.json("dlq", "list")["events"] == 0
     parked = tally.json("dlq", "list", "--state", "parked", "--account", "acct-9")
     assert [row["origin"] for row in parked["rows"]] == [str(stranger)]
@@ -145,6 +144,34 @@ def test_parked_events_are_not_replayed(world: World, tally: Tally) -> None:
     status = tally.json("status")
     assert [(one["reason"], one["events"]) for one in status["parked"]] == [("unknown_account", 1)]
     assert "unknown_account" in tally("status").stdout
+
+
+def test_a_parked_event_that_is_discarded_is_tried_on(world: World, tally: Tally) -> None:
+    strangers = [world.event(f"who{n}", f"acct-{n}") for n in (8, 9)]
+    for stranger in strangers:
+        eventually(lambda stranger=stranger: world.row(stranger).get("attempts", 0))
+    eighth, ninth = strangers
+    assert tally.json("dlq", "discard", "--all", "--why", "no dead letters", "--yes")["discarded"] == []
+    assert tally.json("dlq", "discard", short(eighth), "--why", "bogus")["discarded"] == [str(eighth)]
+    assert "was discarded already, by ada: bogus" in tally("dlq", "discard", short(eighth), "--why", "x", code=1).stderr
+    said = tally("dlq", "discard", "--state", "parked", "--all", "--why", "bogus").stderr
+    assert "discarded 1 event, parked and tried on" in said
+    assert tally.json("dlq", "discard", "--state", "parked", "--all", "--why", "none left")["discarded"] == []
+
+    listed = tally.json("dlq", "list", "--state", "parked")
+    assert [(one["events"], one["discarded"]) for one in listed["reasons"]] == [(2, 2)]
+    assert {row["decision"] for row in listed["rows"]} == {"discard"}
+    assert "tried on, and billed after all once it can be rated" in tally("dlq", "show", short(ninth)).stdout
+    assert [one["discarded"] for one in tally.json("status")["parked"]] == [2]
+
+    tried = world.row(ninth)["attempts"]
+    world.publish(*account_items("acct-8"))
+    eventually(lambda: world.state(eighth), lambda state: state == "rated")
+    assert world.billed("who8")[0] == ("acct-8", "input", 10 * INPUT_PRICE)
+    still = eventually(lambda: world.row(ninth), lambda row: row["attempts"] > tried)
+    assert (still["state"], still["decision"]) == ("parked", "discard")
+    assert [one["action"] for one in tally.json("dlq", "show", short(eighth))["history"]] == ["dlq.discard"]
+    assert "is rated already" in tally("dlq", "discard", short(eighth), "--why", "x", code=1).stderr
 
 
 def test_garbage_on_the_retry_topic_is_named_by_it(world: World, tally: Tally) -> None:

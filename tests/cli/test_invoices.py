@@ -53,10 +53,23 @@ def test_from_an_issued_invoice_to_what_follows(world: DatabaseWorld) -> None:
     assert credited.stdout == "credit note 2026-000002 on 2026-000001: -12.00 EUR; 12.00 taken off what was open\n"
     paid = tally.json("invoices", "pay", "2026-000001", "100", "--reference", "bank 1")
     assert (Decimal(paid["open"]), paid["state"]) == (44, "partly_paid")
+    explained = tally("explain", "2026-000001").stdout
+    for text in (
+        "invoice 2026-000001",
+        "credit note 2026-000002 (issued): goodwill: outage",
+        "partly paid, 44.00 EUR open",
+        "VAT 20 % on 130.00: 26.00",
+        "net 130.00 + tax 26.00 = total 156.00; total 156.00 - credits 0.00 - balance 0.00 = payable 156.00 EUR",
+        "Each total equals the sum of its lines",
+    ):
+        assert text in explained
+    calls = tally.json("explain", "2026-000001")["lines"][0]["line"]
+    assert calls in explained
+    assert "credit note 2026-000002" in tally("explain", calls).stdout
     linked = tally.json("invoices", "show", "2026-000001")["links"]
     assert [(link["relation"], link["number"]) for link in linked] == [("corrected by", "2026-000002")]
     voided = tally("invoices", "void", "2026-000002", "--reason", "wrong_amount").stdout
-    assert voided == "2026-000002 is void: -12.00 EUR is unbilled again\n"
+    assert voided == "2026-000002 is void: 12.00 EUR is not given back any more\n"
     stays = tally("invoices", "void", "2026-000001", "--reason", "duplicate", code=1)
     assert "2026-000001 stays: 100" in stays.stderr
     assert "got '7-7'" in tally("invoices", "show", "7-7", code=3).stderr
@@ -78,7 +91,62 @@ def test_a_draft_is_reviewed_then_issued(world: DatabaseWorld) -> None:
         (draft,) = close(connection, world.settings, Month(2026, 10))
     (listed,) = tally.json("invoices", "list", "--state", "draft")
     assert (listed["id"], listed["number"], Decimal(listed["total"])) == (draft, None, 156)
+    shown = tally("invoices", "show", draft).stdout
+    assert f"invoice {draft} (draft)" in shown and "API calls" in shown and "payable 156.00 EUR" in shown
+    assert f"invoice document:{draft}" in tally("explain", f"document:{draft}").stdout
+    assert "an issued document, got" in tally("invoices", "pay", draft, code=3).stderr
     assert "in state reviewed, got" in tally("invoices", "issue", str(draft), code=1).stderr
     (reviewed,) = tally.json("invoices", "review", str(draft), "--by", "grace")["reviewed"]
+    frozen = tally.json("invoices", "show", reviewed)
+    assert (frozen["state"], frozen["number"], Decimal(frozen["totals"]["total"])) == ("reviewed", None, 156)
     (number,) = tally.json("invoices", "issue", str(reviewed))["issued"]
     assert "payable 156.00 EUR" in tally("invoices", "show", number).stdout
+
+
+ZONES = """
+accounts:
+  - {id: york, name: York, time_zone: America/New_York, contracts: [{id: y-1, plan: api, start: 2026-01-01}]}
+  - {id: wien, name: Wien, time_zone: Europe/Vienna, contracts: [{id: w-1, plan: api, start: 2026-01-01}]}
+  - {id: world, name: World, contracts: [{id: u-1, plan: api, start: 2026-01-01}]}
+"""
+
+
+def test_months_and_days_are_shown_by_the_payers_clock(settings: Settings, tmp_path: Path) -> None:
+    world, tally = DatabaseWorld(tmp_path, settings), Tally(settings)
+    world.publish(PRICES, "prices", None)
+    world.publish(ZONES, "accounts", None)
+    with connect(settings.dsn, application="test", autocommit=True) as connection:
+        buyers = [customer(account) for account in ("york", "wien", "world")]
+        apply(connection, replace(ENTITY, time_zone="Europe/Berlin"), TAXES, *buyers)
+        assert tally("close", "2026-10", "--dry-run").stdout.count("2026-10-01…31") == 3
+        close(connection, settings, Month(2026, 10))
+    rows = tally("invoices", "list", "--month", "2026-10").stdout.splitlines()[1:]
+    assert len(rows) == 3 and all(" 2026-10 " in row for row in rows)
+    for number in ("2026-000001", "2026-000002", "2026-000003"):
+        assert "2026-10-01…31" in tally("invoices", "show", number).stdout
+
+
+def test_what_is_settled_says_so(world: DatabaseWorld) -> None:
+    tally = Tally(world.settings)
+    with connect(world.settings.dsn, application="test", autocommit=True) as connection:
+        apply(connection, ENTITY, TAXES, customer("acme"))
+        close(connection, world.settings, Month(2026, 10))
+    tally("invoices", "pay", "2026-000001", "100")
+    lost = tally("invoices", "write-off", "2026-000001", "--why", "insolvent").stdout
+    assert lost == "56.00 EUR given up on 2026-000001: it is uncollectible, 0.00 open\n"
+    for command in (["pay", "2026-000001"], ["pay", "2026-000001", 5], ["write-off", "2026-000001", "--why", "again"]):
+        refused = tally("invoices", *command, code=1).stderr
+        assert "nothing is open on 2026-000001, which is uncollectible" in refused
+
+
+def test_a_fee_in_advance_is_explained_without_usage(world: DatabaseWorld) -> None:
+    """Its period is to come: no line of usage is there to ask, so the document tells its price."""
+    world.publish(PRICES.replace("model: flat", "in_advance: true, model: flat"), "prices", None)
+    tally = Tally(world.settings)
+    with connect(world.settings.dsn, application="test", autocommit=True) as connection:
+        apply(connection, ENTITY, TAXES, customer("acme"))
+        close(connection, world.settings, Month(2026, 10))
+    (fee,) = (line for line in tally.json("explain", "2026-000001")["lines"] if line["line"] is None)
+    assert (fee["charge"], fee["lines"], fee["service_start"]) == ("fee", [], "2026-11-01T00:00:00+00:00")
+    shown = tally("explain", "2026-000001").stdout
+    assert "no usage: fee" in shown and f"price of line {fee['position']}" in shown

@@ -91,7 +91,7 @@ def test_an_event_of_class_period_says_so(tally: Tally) -> None:
 
 def test_what_cannot_be_done(tally: Tally) -> None:
     assert "expected --why" in tally("rerate", "--period", "2026-10", code=2).stderr
-    assert "expected a month such as 2026-10" in tally("rerate", "--period", "now", "--dry-run", code=1).stderr
+    assert "expected a month such as 2026-10" in tally("rerate", "--period", "now", "--dry-run", code=2).stderr
     missing = tally("rerate", "--period", "2026-10", "--account", "x", "--dry-run", code=3)
     assert "expected an account of the catalog, got 'x'" in missing.stderr
     tally("explain", "month:x/2026-10", code=3)

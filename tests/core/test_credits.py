@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.charges import Charge
-from pipeline.core.closing import Counter, Span, closing_price
+from pipeline.core.charges import Charge, Tier
+from pipeline.core.closing import Counter, Span, close_segment, closing_price
 from pipeline.core.credits import (
     Draw,
     Grant,
@@ -19,6 +19,7 @@ from pipeline.core.credits import (
     burn_order,
     check_grant,
     check_reason,
+    credit_segment,
     credits_for,
     draw,
     draw_units,
@@ -30,6 +31,7 @@ from pipeline.core.members import Member
 from pipeline.core.meters import Meter
 from pipeline.core.money import amount_decimal
 from pipeline.core.periods import Period
+from pipeline.core.plans import Pool
 
 
 def use(at_us: int, amount: int, line: str = "a", charge: str = "") -> Owed:
@@ -120,13 +122,88 @@ def test_unit_credits_are_units_that_a_closing_price_does_not_see() -> None:
     # Of the first event 5 are included and 5 are credits, as are all of the second; the third comes when they ended.
     assert units == {counter: 15 * one}
     assert drawn.left == {"units": 15 * one}
-    closing = closing_price(charge, meter, members, span, pooled=units[counter])
+    closing = closing_price(charge, meter, members, span, credited=units[counter])
     assert amount_decimal(closing.amount) == Decimal("0.10")
 
 
 def test_units_of_another_charge_are_not_drawn() -> None:
     grant = Grant("units", 10, reduces="units", charges=frozenset({"api"}))
     assert draw_units([grant], {Counter("storage"): [Member(0, "k", 5)]})[1] == {}
+
+
+def test_units_are_drawn_for_what_is_used_in_the_end_only() -> None:
+    """Ten units used and eight of them taken back leave eight credits for the other counter, as a pool would."""
+    grant = Grant("units", 10, reduces="units", charges=frozenset({"a", "b"}))
+    usage = {Counter("a"): [Member(0, "x", 10), Member(5, "y", -8)], Counter("b"): [Member(1, "z", 9)]}
+    assert draw_units([grant], usage)[1] == {Counter("a"): 2, Counter("b"): 8}
+
+
+SPAN = Span(0, 100, Period(0, 100))
+SUM = Meter("calls", 1, "call", "sum", "calls", "call", (), True, 0)
+UNITS = (
+    Charge("a", "calls", "per_unit", unit_price=Decimal(3), included=7),
+    Charge("b", "calls", "graduated", tiers=(Tier(20, Decimal(2)), Tier(None, Decimal(1)))),
+)
+unit_grants = st.lists(
+    st.builds(
+        lambda amount, start, length, priority, charges: Grant(
+            "", amount, start, None if length is None else start + length, "prepaid", "units", priority, 0, charges
+        ),
+        st.integers(1, 60),
+        st.integers(0, 60),
+        st.none() | st.integers(1, 40),
+        st.integers(0, 2),
+        st.frozensets(st.sampled_from("ab"), min_size=1),
+    ),
+    max_size=4,
+).map(lambda given: [replace(grant, id=f"g{number}") for number, grant in enumerate(given)])
+unit_usage = st.lists(
+    st.tuples(st.sampled_from([Counter("a"), Counter("b")]), st.integers(0, 99), st.integers(-15, 40)),
+    min_size=1,
+    max_size=12,
+).map(
+    lambda events: {
+        counter: [Member(at, f"k{n}", quantity) for n, (of, at, quantity) in enumerate(events) if of == counter]
+        for counter, *_ in events
+    }
+)
+
+
+@given(unit_grants, st.integers(0, 30), unit_usage, st.randoms(use_true_random=False))
+def test_units_drawn_and_units_priced_are_the_quantity_whatever_the_order_of_arrival(
+    given_grants: list[Grant], included: int, usage: dict[Counter, list[Member]], random: Random
+) -> None:
+    charges, pools = [(charge, SUM) for charge in UNITS], [Pool("pool", "call", included, ("a", "b"))]
+    left, units = credit_segment(given_grants, charges, pools, usage)
+    credited = {counter: sum(parts.values()) for counter, parts in units.items()}
+    closings = close_segment(charges, pools, usage, SPAN, credited=credited)
+    for counter, members in usage.items():
+        by_kind: defaultdict[str, int] = defaultdict(int)
+        for part in closings[counter].parts:
+            by_kind[part.kind] += part.quantity
+        assert by_kind["credits"] == credited.get(counter, 0) >= 0
+        assert sum(by_kind.values()) == max(sum(member.quantity for member in members), 0)
+        priced = next(charge for charge in UNITS if charge.id == counter.charge)
+        alone = closing_price(
+            replace(priced, included=0), SUM, [Member(0, "", by_kind["usage"])], SPAN, cell=counter.cell
+        )
+        assert closings[counter].amount == alone.amount
+    drawn = {grant.id: sum(parts.get(grant.id, 0) for parts in units.values()) for grant in given_grants}
+    assert [grant.amount + drawn[grant.id] for grant in left] == [grant.amount for grant in given_grants]
+    assert all(grant.amount >= 0 for grant in left)
+    shuffled = {counter: random.sample(members, len(members)) for counter, members in reversed(usage.items())}
+    assert credit_segment(random.sample(given_grants, len(given_grants)), charges, pools, shuffled)[1] == units
+    # Once more with what was drawn, or anything up to what there was: the same (``billing.credits.units_drawn``).
+    again = [replace(grant, amount=random.randint(drawn[grant.id], grant.amount)) for grant in given_grants]
+    assert credit_segment(again, charges, pools, usage)[1] == units
+
+
+def test_units_of_a_charge_that_is_priced_by_its_events_are_refused_where_it_is_used() -> None:
+    charge = Charge("a", "calls", "percentage", rate=Decimal(1))
+    grant = Grant("units", 10, 5, 9, reduces="units", charges=frozenset({"a"}))
+    assert credit_segment([grant], [(charge, SUM)], (), {Counter("a"): [Member(4, "k", 5)]}) == ([grant], {})
+    with pytest.raises(ValueError, match="granted for charge a, which cannot draw units"):
+        credit_segment([grant], [(charge, SUM)], (), {Counter("a"): [Member(5, "k", 5)]})
 
 
 # -- spreading

@@ -15,6 +15,7 @@ from pipeline.billing.rerate import differences
 from pipeline.core.catalog import Catalog
 from pipeline.core.charges import Cell, Charge, Tier
 from pipeline.core.contracts import Account, Contract, Phase
+from pipeline.core.credits import Grant
 from pipeline.core.cycles import Cycle
 from pipeline.core.documents import Entry, kind_of, to_document
 from pipeline.core.meters import Filter, Meter
@@ -256,6 +257,21 @@ def test_events_keep_the_way_their_meter_made_one_quantity_of_them(first: str, t
     period = catalog.segments("acme", OCTOBER, OCTOBER + 1)[0].period
     found = close_period(catalog, "acme", period, uses)
     assert [amount_decimal(line.amount) for line in found.lines] == prices
+
+
+def test_unit_credits_go_on_over_a_change_of_price() -> None:
+    """10 units: all 6 calls of the first price and 4 of the 9 at twice of it, whichever event came first."""
+    charge = Charge("c", "calls", "per_unit", Decimal(1))
+    dearer = replace(small(replace(charge, unit_price=Decimal(2))), version=2, valid_from_us=OCTOBER + 240 * HOUR_US)
+    catalog = Catalog.empty().extend(entries(*METERS, small(charge), dearer, ACCOUNT, CONTRACT), 1)
+    grant = Grant("units", 10 * UNIT, reduces="units", charges=frozenset({"c"}))
+    uses = [use("a", 5, n="6"), use("b", 15, n="9")]
+    for arrived in (uses, uses[::-1]):
+        found = close_period(catalog, "acme", closed_period(), arrived, grants=[grant])
+        assert [(line.units, amount_decimal(line.amount)) for line in found.lines] == [
+            ({"units": 6 * UNIT}, 0),
+            ({"units": 4 * UNIT}, 10),
+        ]
 
 
 def test_of_meters_that_start_anew_earlier_events_do_not_matter() -> None:

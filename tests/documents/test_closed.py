@@ -1,19 +1,23 @@
 """From usage to the customer's file: what the close, an adjustment and a credit note write is laid out and is valid."""
 
 import io
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 
+from lxml import etree
 from pypdf import PdfReader
 
 from pipeline.billing.credit_notes import credit
+from pipeline.billing.document_lists import listed
 from pipeline.billing.rerate import Month
 from pipeline.core.discounts import Coupon
 from pipeline.core.parties import CustomerCoupon
 from pipeline.documents.einvoice import cii_xml
-from pipeline.documents.model import Document, Notice
-from pipeline.documents.read import read
+from pipeline.documents.exports import as_json
+from pipeline.documents.model import Document, Notice, Span
+from pipeline.documents.read import Wanted, find, read
 from pipeline.documents.render import Maker
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
@@ -120,3 +124,79 @@ def test_the_next_invoice_tells_what_changed_since(settings: Settings, tmp_path:
         Notice("price_changed", "Calls", date(2026, 11, 1), Decimal("0.5"), Decimal("0.6"), "call"),
         Notice("price_changed", "Hours", date(2026, 11, 1)),
     )
+
+
+TWO_PLANS = """
+plans:
+  - {id: api, name: API, currency: EUR, charges: [{id: fee, name: Base fee, model: flat, unit_price: 100}]}
+  - {id: team, name: Team, currency: EUR, charges: [{id: fee, name: Base fee, model: flat, unit_price: 200}]}
+"""
+CHANGES_PLAN = """
+accounts:
+  - id: acme
+    name: Acme
+    time_zone: Europe/Vienna
+    contracts: [{id: acme-1, plan: api, start: 2026-01-01, phases: [{start: 2026-10-16, plan: team}]}]
+"""
+
+
+def test_a_plan_that_changed_within_the_month_is_told(settings: Settings, tmp_path: Path) -> None:
+    """By the notices that the close itself writes; the day is that of Vienna, where it begins at 22:00 UTC."""
+    world = DatabaseWorld(tmp_path, settings)
+    world.publish(TWO_PLANS, "prices", None)
+    world.publish(CHANGES_PLAN, "accounts", None)
+    with connect(settings.dsn, application="test", autocommit=True) as connection:
+        apply(connection, ENTITY, TAXES, customer("acme", name="Acme AG"))
+        [invoice] = read(connection, close(connection, settings, Month(2026, 10)))
+        [(written,)] = connection.execute("SELECT content -> 'notices' FROM billing.document").fetchall()
+    assert written == [
+        {"kind": "plan_changed", "name": "Team", "before": "API", "after": "Team", "since": "2026-10-16"}
+    ]
+    assert invoice.notices == (Notice("plan_changed", "Team", date(2026, 10, 16)),)
+    assert "New plan from October 16, 2026: Team" in words(invoice, Maker(None))
+    assert [one["name"] for one in as_json(invoice)["notices"]] == ["Team"]
+
+
+ZONES = """
+accounts:
+  - {id: york, name: York, time_zone: America/New_York, contracts: [{id: y-1, plan: api, start: 2026-01-01}]}
+  - {id: wien, name: Wien, time_zone: Europe/Vienna, contracts: [{id: w-1, plan: api, start: 2026-01-01}]}
+  - {id: world, name: World, contracts: [{id: u-1, plan: api, start: 2026-01-01}]}
+"""
+_PERIOD = """
+//ram:ApplicableHeaderTradeSettlement/ram:BillingSpecifiedPeriod/*/udt:DateTimeString/text()
+| //ram:SpecifiedLineTradeSettlement/ram:BillingSpecifiedPeriod/*/udt:DateTimeString/text()
+"""
+_NAMES = {
+    "ram": "urn:un:unece:uncefact:data:standard:ReusableAggregateBusinessInformationEntity:100",
+    "udt": "urn:un:unece:uncefact:data:standard:UnqualifiedDataType:100",
+}
+
+
+def test_periods_are_days_of_the_payers_zone(settings: Settings, tmp_path: Path) -> None:
+    """October of New York, Vienna and UTC, sold from Berlin: there the first ends on 1 November, the last too."""
+    world = DatabaseWorld(tmp_path, settings)
+    world.publish(TWO_PLANS, "prices", None)
+    world.publish(ZONES, "accounts", None)
+    october = Span(date(2026, 10, 1), date(2026, 10, 31))
+    with connect(settings.dsn, application="test", autocommit=True) as connection:
+        buyers = [customer(account) for account in ("york", "wien", "world")]
+        apply(connection, replace(ENTITY, time_zone="Europe/Berlin"), TAXES, *buyers)
+        ids = close(connection, settings, Month(2026, 10))
+        with connection.transaction():
+            at = datetime(2026, 11, 3, tzinfo=UTC)
+            credit(connection, ids[0], None, reason="billing_error", note="", to="refund", actor="ada", now=at)
+        ids += [id for (id,) in connection.execute("SELECT id FROM billing.document WHERE kind = 'credit_note'")]
+        documents = list(read(connection, ids))
+        assert find(connection, Wanted(month="2026-10")) == ids
+        assert find(connection, Wanted(month="2026-11")) == find(connection, Wanted(month="2026-09")) == []
+        assert {one.id for one in listed(connection, month="2026-10")} == set(ids)
+        assert listed(connection, month="2026-11") == listed(connection, month="2026-09") == []
+    zones = {one.buyer.id: one.time_zone for one in documents}
+    assert zones == {"york": "America/New_York", "wien": "Europe/Vienna", "world": "UTC"}
+    for one in documents:
+        assert {one.span, *(line.span for line in one.lines)} == {october}
+        days = etree.fromstring(cii_xml(one)).xpath(_PERIOD, namespaces=_NAMES)
+        assert days == ["20261001", "20261031"] * 2  # BT-73 and BT-74, BT-134 and BT-135
+        if not one.is_credit:
+            assert "Oct 1 – 31, 2026" in words(one, Maker(None))

@@ -11,7 +11,7 @@ from psycopg import Connection
 
 from pipeline.core.parties import Branding
 from pipeline.documents.model import Document, DocumentReference, LineReference
-from pipeline.documents.read import Wanted, find, read
+from pipeline.documents.read import NotReadable, Wanted, find, read, read_each
 from pipeline.infra.settings import Settings
 from tests.documents import samples
 from tests.documents.stored import store
@@ -80,6 +80,22 @@ def test_a_share_is_told_in_the_longest_unit_it_is_a_number_of(connection: "Conn
                 [psycopg.types.json.Json(share), id],
             )
         assert read_one(connection, id).lines[1].share == shown
+
+
+def test_changes_that_cannot_be_told_are_that_documents_trouble_alone(connection: "Connection[Any]") -> None:
+    """What changed since the invoice before is read for many at once; one's price version is none."""
+    before = store(connection, samples.domestic())
+    other = store(connection, replace(samples.cross_border(), number="2026-000018"))
+    november = replace(samples.domestic(), number="2026-000019", span=samples.NOVEMBER)
+    lines = tuple(replace(line, span=samples.NOVEMBER, price_version="standard@?") for line in november.lines)
+    broken = store(connection, replace(november, lines=lines))
+    with psycopg.connect(connection.info.dsn, autocommit=True) as past:
+        past.execute("SET session_replication_role = replica")  # past the trigger: issued documents never change
+        past.execute("UPDATE billing.document SET content = content - 'notices'")
+    found = list(read_each(connection, [before, broken, other]))
+    assert [type(one) for one in found] == [Document, NotReadable, Document]
+    with pytest.raises(NotReadable, match="2026-000019: expected a document"):
+        list(read(connection, [before, broken, other]))
 
 
 def test_documents_are_found_by_number_month_account_and_entity(connection: "Connection[Any]") -> None:

@@ -63,6 +63,37 @@ def test_pdf_writes_each_document_once_and_says_what_it_could_not(
     ]  # fmt: skip
 
 
+def spoil(connection: "Connection[Any]", number: str) -> None:
+    """Give an issued document a notice that no version of this program writes."""
+    notices = [{"kind": "price_changed", "name": "Calls", "before": "cheap", "after": "dear"}]
+    with psycopg.connect(connection.info.dsn, autocommit=True) as other:
+        other.execute("SET session_replication_role = replica")  # past the trigger: issued documents never change
+        other.execute(
+            "UPDATE billing.document SET content = content || jsonb_build_object('notices', %s::jsonb) "
+            "WHERE number = %s",
+            [psycopg.types.json.Json(notices), number],
+        )
+
+
+def test_one_that_cannot_be_read_does_not_stop_the_others(connection: "Connection[Any]", tmp_path: Path) -> None:
+    for serial in (17, 18, 19):
+        buyer = replace(samples.BUYER, id=f"b{serial}")
+        store(connection, replace(samples.domestic(), number=f"2026-0000{serial}", buyer=buyer))
+    spoil(connection, "2026-000018")
+    told = "2026-000018: expected a document as this program writes it, got what it cannot read (InvalidOperation"
+    done = invoices("pdf", "--month", "2026-10", "--to", tmp_path, "--workers", 1)
+    assert done.exit_code == 4
+    assert done.stdout.split() == [f"{tmp_path}/2026-000017.pdf", f"{tmp_path}/2026-000019.pdf"]
+    assert "2 written, 0 there already, 1 failed." in done.stderr and told in " ".join(done.stderr.split())
+    for ending in ("xml", "json", "csv"):
+        done = invoices(ending, "--month", "2026-10", "--to", tmp_path)
+        assert (done.exit_code, told in " ".join(done.stderr.split())) == (4, True)
+        assert done.stdout.split() == [f"{tmp_path}/2026-000017.{ending}", f"{tmp_path}/2026-000019.{ending}"]
+    done = invoices("json", "--month", "2026-10")
+    assert [one["number"] for one in json.loads(done.stdout)] == ["2026-000017", "2026-000019"]
+    assert done.exit_code == 4
+
+
 def test_processes_share_the_work_and_write_the_same(
     connection: "Connection[Any]", settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

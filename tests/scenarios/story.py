@@ -16,7 +16,7 @@ happen in their order:
 ``-- settled: ACCOUNT YYYY-MM``    what the commitment makes of the month
 
 Usage goes through the rater's own ``process``, byte for byte; bills through the core's closing prices. A story can be
-told to a database too: then rows, bookings and bills are PostgreSQL's.
+told to a database too: then rows, bookings and bills are PostgreSQL's. Stories of invoices know more (``invoicing``).
 """
 
 import re
@@ -24,6 +24,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from difflib import ndiff
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +49,7 @@ from pipeline.rating.enrich import TermsView
 from tests.rating.world import EVENT_FRAME, PARTITIONS, SCHEMAS, SHAPE, Memory, Message, batch, body
 
 _SECTION = re.compile(r"-- (\w+):(?: (.*))?")
+_NUMBER = re.compile(r"-?[\d.]*")
 _BILL = ("charge", "priced by", "from", "quantity", "rows", "booked", "amount", "why")
 _CREDITS = ("grant", "pays for", "amount")
 _SETTLED = ("window", "committed", "spent", "within", "overage", "true-up", "total")
@@ -193,6 +196,10 @@ class World:
         event.held = [row for row in rows if row.kind != "void"]
         event.entries = max(row.entry for row in rows) + 1
 
+    def happen(self, section: Section) -> None:
+        """What worlds of another kind know more. Raises AssertionError."""
+        raise AssertionError(f"line {section.line}: no such section: -- {section.kind}: {section.rest}")
+
     # -- what comes of it
 
     @property
@@ -331,30 +338,38 @@ def tell(story: Story, world: World) -> None:
                 assert world.missing(account, month) == [], "re-rating again books more"
             case "bill", [account, month]:
                 check_table(section, _BILL, world.bill(account, month))
-            case "grant", [id, amount, *given]:
-                world.grants.append(_grant(id, amount, _given(given)))
+            case "grant", [id, amount, *rest]:
+                world.grants.append(_grant(id, amount, given(rest)))
             case "credits", [account, month]:
                 check_table(section, _CREDITS, world.credits(account, month))
-            case "commitment", [amount, *given]:
-                world.commitment = _commitment(amount, _given(given))
+            case "commitment", [amount, *rest]:
+                world.commitment = _commitment(amount, given(rest))
             case "settled", [account, month]:
                 check_table(section, _SETTLED, world.settled(account, month))
             case _:
-                raise AssertionError(f"line {section.line}: no such section: -- {section.kind}: {section.rest}")
+                world.happen(section)
 
 
 def check_table(section: Section, columns: tuple[str, ...], found: Sequence[tuple[str, ...]]) -> None:
     head, *expected = [tuple(re.split(r"\s{2,}", line.strip())) for line in section.body if line.strip()]
     assert head == columns, f"line {section.line}: expected columns {columns}, got {head}"
-    assert found == expected, f"line {section.line}: expected otherwise, got\n{as_table([columns, *found])}"
+    if found == expected:
+        return
+    # Both in one table, so that the same cells are the same text.
+    rows = as_table([columns, *expected, *found]).splitlines()
+    told, came = rows[: len(expected) + 1], [rows[0], *rows[len(expected) + 1 :]]
+    changes = "\n".join(line for line in ndiff(told, came) if not line.startswith("?"))
+    raise AssertionError(f"line {section.line}: -- {section.kind}: {section.rest}: - as told, + as it came\n{changes}")
 
 
 def as_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """As stories have it: copy it there once it is right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    """As stories have it, numbers to the right: copy it there once it is right. A row may lack cells."""
+    columns = list(zip_longest(*rows, fillvalue=""))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(map(_NUMBER.fullmatch, column[1:])) for column in columns]
+    shapes = [f"{'>' if to else '<'}{width}" for to, width in zip(right, widths, strict=True)]
+    padded = [[format(cell, shape) for cell in column] for column, shape in zip(columns, shapes, strict=True)]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def _key(terms: Terms) -> tuple[Any, ...]:
@@ -403,7 +418,7 @@ def _amount(amount: int) -> str:
     return plain(amount_decimal(amount))
 
 
-def _given(words: Iterable[str]) -> dict[str, str]:
+def given(words: Iterable[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 

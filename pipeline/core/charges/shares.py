@@ -24,7 +24,7 @@ from pipeline.core.money import PRICE_DECIMALS, QUANTITY_ONE, Amount, Micros, Qu
 
 #: pool, included: free units. usage: priced units, with the flat fee of their tier. events: single events' own prices.
 #: fee: a flat charge. minimum: what is missing to it. maximum: what lies above it, negative.
-ShareKind: TypeAlias = Literal["pool", "included", "usage", "events", "fee", "minimum", "maximum"]
+ShareKind: TypeAlias = Literal["pool", "included", "credits", "usage", "events", "fee", "minimum", "maximum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,21 @@ class Share:
         return self.last - self.first
 
 
-def tier_shares(charge: Charge, quantity: Quantity, cell: tuple[str, ...] = (), pooled: Quantity = 0) -> list[Share]:
+def tier_shares(
+    charge: Charge, quantity: Quantity, cell: tuple[str, ...] = (), pooled: Quantity = 0, credited: Quantity = 0
+) -> list[Share]:
     """The arithmetic behind price(quantity): its parts in order, amounts adding up to it exactly.
 
     Each amount is rounded on its own; what that leaves of the price goes to the last part. What a maximum takes off
-    is a negative part after it. ``pooled``: free units from a shared pool, before the charge's own included ones; both
-    are parts at price 0. No parts: nothing is charged and nothing was free.
+    is a negative part after it. ``pooled``: free units from a shared pool, before the charge's own included ones;
+    ``credited``: units that credits pay for, after these. All are parts at price 0. No parts: nothing is charged and
+    nothing was free.
 
     Raises ValueError as ``compile_price``, and for a quantity beyond a last tier that parks.
     """
-    if pooled:
-        charge = replace(charge, included=charge.included + pooled)
+    included = pooled + charge.included
+    if pooled or credited:
+        charge = replace(charge, included=included + credited)
     limit, maximum = park_limit(charge), counter_maximum(charge)
     if limit is not None and quantity > limit:
         raise ValueError(f"charge {charge.id}: expected a quantity within its last tier, got {quantity}e-9")
@@ -71,7 +75,8 @@ def tier_shares(charge: Charge, quantity: Quantity, cell: tuple[str, ...] = (), 
     quantity = max(quantity, 0)
     shares = [
         *_free("pool", 0, min(quantity, pooled)),
-        *_free("included", pooled, min(quantity, charge.included)),
+        *_free("included", pooled, min(quantity, included)),
+        *_free("credits", included, min(quantity, included + credited)),
         *_priced(charge, quantity, cell),
     ]
     shares = _adding_up(shares, cost)
