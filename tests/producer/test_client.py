@@ -274,6 +274,13 @@ def _set_message_bytes_max(settings: Settings, size: int) -> None:
     resource = ConfigResource(ResourceType.TOPIC, Topics(settings.topic_prefix).events, incremental_configs=[change])
     admin = AdminClient(settings.kafka)
     admin.incremental_alter_configs([resource])[resource].result(15)
+    # The broker follows a moment after it has confirmed the change: first what it says, then what it does.
+    topic = ConfigResource(ResourceType.TOPIC, Topics(settings.topic_prefix).events)
+    deadline = time.monotonic() + 15
+    while admin.describe_configs([topic])[topic].result(15)["max.message.bytes"].value != str(size):
+        assert time.monotonic() < deadline, f"expected the topic to take {size} bytes at most by now"
+        time.sleep(0.1)
+    time.sleep(1)
 
 
 def test_an_event_kafka_refuses_for_good_is_kept_reported_and_takes_no_other_with_it(
