@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient
+from hypothesis import settings as hypothesis_settings
 from psycopg import conninfo, sql
 from pydantic import SecretStr
 
@@ -23,6 +24,10 @@ from pipeline.infra.embedded import Endpoints
 from pipeline.infra.postgres import migrate
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import ensure_topics
+
+# How long an example takes says more about the machine than about the code.
+hypothesis_settings.register_profile("untimed", deadline=None)
+hypothesis_settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,12 +44,37 @@ class ParkedRecord(NamedTuple):
     catalog_offset: int
 
 
-class Event(NamedTuple):
+class Event(Protocol):
     """An accepted usage event: well formed, in its own partition, inside the time window."""
 
+    @property
+    def record(self) -> Record: ...
+    @property
+    def identity(self) -> bytes:
+        """128-bit hash of (account, idempotency key)."""
+
+    @property
+    def payload(self) -> bytes:
+        """64-bit hash of what the event says, whatever the order of its properties."""
+
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def account(self) -> bytes: ...
+    @property
+    def event_type(self) -> bytes: ...
+    @property
+    def timestamp_us(self) -> int: ...
+    @property
+    def properties(self) -> dict[bytes, bytes]: ...
+
+
+class DecodedEvent(NamedTuple):
+    """An ``Event`` with all of its texts at hand."""
+
     record: Record
-    identity: bytes  #: 128-bit hash of (account, idempotency key)
-    payload: bytes  #: 64-bit hash of what the event says, whatever the order of its properties
+    identity: bytes
+    payload: bytes
     key: bytes
     account: bytes
     event_type: bytes

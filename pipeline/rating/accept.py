@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from pipeline.core.catalog import EARLY_US
 from pipeline.core.reasons import Reason, Rejection, Stage
-from pipeline.core.usage import Event, Record, Refused
+from pipeline.core.usage import DecodedEvent, Event, Record, Refused
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
 from pipeline.infra.wire import FRAME_BYTES, Malformed, UnstorableText, read_event
 from pipeline.rating import compiled
+from pipeline.rating.arrivals import Arrivals
 
 #: How far an event's time may lie before its arrival (law 5).
 AGE_MAX_US = 35 * 24 * 60 * 60 * 1_000_000
@@ -37,8 +38,6 @@ class Accepted(NamedTuple):
 
     events: list[Event]
     refused: list[Refused]
-    #: (source, sequence number) of every record that could be read, refused ones too: they did arrive.
-    arrived: list[tuple[bytes, int]]
 
 
 def accept(
@@ -48,24 +47,25 @@ def accept(
     partitions: int,
     frames: dict[bytes, bytes],
     now_ms: int,
+    arrivals: Arrivals,
     own_only: bool = False,
 ) -> Accepted:
     """Decode records and check shape, place and time window.
 
     ``fastpath`` takes what is plain where it was compiled; what it leaves is judged here, record by record.
-    ``frames`` holds the five framing bytes of every known usage-event schema. With ``own_only`` the records had been
+    ``frames`` holds the five framing bytes of every known usage-event schema; ``arrivals`` is told the sequence number
+    of every record that can be read, refused ones too: they did arrive. With ``own_only`` the records had been
     parked: one need not carry its account as Kafka key (it was keyed again on the way), and whether it is too early for
     its prices is judged by ``now_ms``, the worker's clock, no longer by its arrival.
     """
     events: list[Event] = []
     refused: list[Refused] = []
-    arrived: list[tuple[bytes, int]] = []
     homes, fastpath = _homes.setdefault(partitions, {}), compiled.fastpath
     keep = events.append
     at, end = 0, len(records)
     while True:
         if fastpath is not None:
-            at = fastpath.accept_plain(records, at, frames, homes, partition, own_only, _LIMITS, events, arrived)
+            at = fastpath.accept_plain(records, at, frames, homes, partition, own_only, _LIMITS, events, arrivals)
         if at == end:
             break
         record = records[at]
@@ -85,7 +85,7 @@ def accept(
             )
             continue
         if len(source) <= SOURCE_BYTES_MAX:
-            arrived.append((source, sequence))
+            arrivals.add(source, sequence)
         ahead_us = timestamp_us - record.timestamp * 1000
         if (
             -AGE_MAX_US <= ahead_us <= AHEAD_MAX_US
@@ -100,11 +100,11 @@ def accept(
             if timestamp_us - (now_ms if own_only else record.timestamp) * 1000 > EARLY_US:
                 refused.append(Refused(record, _AHEAD_OF_PRICES, account, key, event_type, timestamp_us))
                 continue
-            keep(_new(Event, (record, identity, payload, key, account, event_type, timestamp_us, properties)))
+            keep(_new(DecodedEvent, (record, identity, payload, key, account, event_type, timestamp_us, properties)))
             continue
         rejection = _judge(record, key, account, event_type, ahead_us, source, sequence, partition, partitions)
         refused.append(Refused(record, rejection, account, key, event_type, timestamp_us))
-    return Accepted(events, refused, arrived)
+    return Accepted(events, refused)
 
 
 _AHEAD_OF_PRICES = Rejection(

@@ -4,22 +4,24 @@ Nothing here reads a clock, a file or a socket: the same batch, state and catalo
 here becomes true only when ``pipeline.rating.commit`` has committed it.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from pipeline.core.reasons import Reason, Rejection, Stage
-from pipeline.core.usage import SEQUENCE_BLOCK, Event, ParkedRecord, Record, Refused
+from pipeline.core.usage import Event, ParkedRecord, Record, Refused
 from pipeline.infra.avro import Schemas
 from pipeline.infra.wire import text, zigzag
 from pipeline.rating import compiled
 from pipeline.rating.accept import accept
+from pipeline.rating.arrivals import new_arrivals
+from pipeline.rating.changelog import entries
 from pipeline.rating.correct import Corrected, CorrectionRecord, Declined, Repeated, Surroundings, correct, may_wait
-from pipeline.rating.dedupe import dedupe, identities, waves
+from pipeline.rating.dedupe import dedupe, waves
 from pipeline.rating.enrich import TermsView, enrich
 from pipeline.rating.rate import RowContext, rate
+from pipeline.rating.recent import new_recent
 
 
 class StateFailed(Exception):
@@ -61,8 +63,8 @@ class Batch:
 class State(Protocol):
     """What a partition remembers, read only. Raises StateFailed when it cannot be read."""
 
-    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
-        """Payload each identity was rated with, None for those never rated."""
+    def known(self, identities: bytes) -> Sequence[bytes | None]:
+        """Payload each identity was rated with, None for those never rated; they stand one behind the other."""
 
     def quantity(self, counter: bytes) -> int | None:
         """Running quantity of a counter in units of 1e-9, None where no event counted yet."""
@@ -117,20 +119,15 @@ class Overlay:
 
     def __init__(self, state: State, totals: Mapping[bytes, int]) -> None:
         self._state, self._totals = state, totals
-        self._seen: dict[bytes, bytes] = {}
+        self._seen = new_recent()
 
     def remember(self, rated: list[Event]) -> None:
         """These identities are used up from now on."""
-        if compiled.fastpath is not None:
-            compiled.fastpath.remember(self._seen, rated)
-        else:
-            self._seen.update((event.identity, event.payload) for event in rated)
+        self._seen.add(entries(rated))
 
-    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
-        below, seen = self._state.known(identities), self._seen
-        if not seen:
-            return below
-        return [seen.get(identity, payload) for identity, payload in zip(identities, below, strict=True)]
+    def known(self, identities: bytes) -> Sequence[bytes | None]:
+        below, newer = self._state.known(identities), self._seen.find(identities)
+        return below if newer is None else [new or old for new, old in zip(newer, below, strict=True)]
 
     def quantity(self, counter: bytes) -> int | None:
         moved = self._totals.get(counter)
@@ -147,35 +144,35 @@ def process(batch: Batch, state: State, view: TermsView, shape: Shape) -> Outcom
     corrections: list[CorrectionRecord] = []
     if batch.source is Source.RETRY:
         records, outcome.waiting, corrections, outcome.dead = _split_due(batch, view, shape)
-    arrived: list[tuple[bytes, int]] = []
+    arrivals = new_arrivals()
     for start in range(0, len(records), CHUNK):
-        events, refused, came = accept(
+        events, refused = accept(
             records[start : start + CHUNK],
             partition=batch.partition,
             partitions=shape.partitions,
             frames=shape.frames,
             now_ms=batch.now_ms,
+            arrivals=arrivals,
             own_only=batch.source is Source.RETRY,
         )
         _sort_out(refused, batch, outcome)
-        arrived += came
         if events:
             latest = _latest_us(events)
             outcome.latest_event_us = max(latest, outcome.latest_event_us or latest)
         split = waves(events)  # one, unless an identity stands twice among them
         more = start + CHUNK < len(records)
         for wave in split:
-            fresh, repeats, conflicts = dedupe(wave, overlay.known(identities(wave)))
-            known, unknown = enrich(fresh, view)
-            rows, rated, unpriced = rate(known, outcome.totals, overlay, context)
+            fresh, repeats, conflicts = dedupe(wave.events, overlay.known(wave.identities))
+            enriched = enrich(fresh, view)
+            rows, rated, unpriced = rate(enriched, outcome.totals, overlay, context)
             outcome.rows += rows
             outcome.rated += rated
             outcome.repeats += repeats
             if more or wave is not split[-1]:
                 overlay.remember(rated)
-            _sort_out(conflicts + unknown + unpriced, batch, outcome)
+            _sort_out(conflicts + enriched.refused + unpriced, batch, outcome)
     if batch.source is Source.EVENTS:
-        outcome.sequences = _sequence_blocks(arrived)
+        outcome.sequences = arrivals.blocks()
     if corrections:
         around = Surroundings(view, batch.partition, shape.partitions, batch.now_ms, context, shape.schemas)
         for record in corrections:
@@ -303,6 +300,7 @@ def _due(record: ParkedRecord, batch: Batch, view: TermsView, shape: Shape) -> b
         partitions=shape.partitions,
         frames=shape.frames,
         now_ms=batch.now_ms,
+        arrivals=new_arrivals(),
         own_only=True,
     ).events
     return any(
@@ -331,20 +329,3 @@ def _latest_us(events: list[Event]) -> int:
     if compiled.fastpath is not None:
         return int(compiled.fastpath.latest_us(events))
     return max(event.timestamp_us for event in events)
-
-
-def _sequence_blocks(arrived: list[tuple[bytes, int]]) -> dict[tuple[bytes, int], int]:
-    """Bit maps of the sequence numbers that arrived, per source and block of 1,000; 0 means unknown and is left out."""
-    if compiled.fastpath is not None:
-        found: dict[tuple[bytes, int], int] = compiled.fastpath.sequence_blocks(arrived, SEQUENCE_BLOCK)
-        return found
-    by_source: defaultdict[bytes, list[int]] = defaultdict(list)
-    for source, sequence in arrived:
-        by_source[source].append(sequence)
-    blocks: defaultdict[tuple[bytes, int], int] = defaultdict(int)
-    for source, sequences in by_source.items():
-        for sequence in sequences:
-            if sequence > 0:
-                block, bit = divmod(sequence, SEQUENCE_BLOCK)
-                blocks[source, block] |= 1 << bit
-    return dict(blocks)

@@ -47,14 +47,26 @@ def by_expiry(rated: list[Event], rated_ms: int) -> dict[int, list[bytes]]:
     """Entries (identity and payload) of events rated at a time, alone or in blocks, by the day they expire."""
     if not rated:
         return {}
-    if compiled.fastpath is not None:
-        block = compiled.fastpath.seen_block(rated, rated_ms)
-        if block is not None:  # always, if clocks agree
-            return {expiry_day(0, rated_ms): [block]}
+    if _latest_arrival_ms(rated) <= rated_ms:  # always, if clocks agree
+        return {expiry_day(0, rated_ms): [entries(rated)]}
     days: defaultdict[int, list[bytes]] = defaultdict(list)
     for event in rated:
         days[expiry_day(event.record.timestamp, rated_ms)].append(event.identity + event.payload)
     return days
+
+
+def entries(events: list[Event]) -> bytes:
+    """Identity and payload of each event, one behind the other."""
+    if compiled.fastpath is not None:
+        made: bytes = compiled.fastpath.entries(events)
+        return made
+    return b"".join([event.identity + event.payload for event in events])
+
+
+def _latest_arrival_ms(events: list[Event]) -> int:
+    if compiled.fastpath is not None:
+        return int(compiled.fastpath.latest_arrival_ms(events))
+    return max(event.record.timestamp for event in events)
 
 
 def pack_seen(days: Mapping[int, Iterable[bytes]]) -> Iterator[bytes]:

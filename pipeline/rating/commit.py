@@ -11,6 +11,7 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -100,6 +101,7 @@ class Committer:
         partition: int,
         partitions: int,
         worker: str,
+        turn: AbstractContextManager[Any] | None = None,
         stopped: Callable[[], bool] = lambda: False,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
@@ -109,6 +111,7 @@ class Committer:
         self._partition = partition
         self._partitions = partitions
         self._worker = worker
+        self._turn = turn or nullcontext()
         self._stopped = stopped
         self._on_step = on_step
         self._calling_since: float | None = None
@@ -149,7 +152,8 @@ class Committer:
             self._producer.begin_transaction()
             self._on_step("begun")
             # Step 2.
-            self._produce_rows(outcome.rows)
+            with self._turn:
+                self._produce_rows(outcome.rows)
             self._on_step("rows_produced")
             self._produce_letters(batch, outcome, catalog_offset)
             self._produce_receipt(batch, outcome, catalog_offset, membership.generation)

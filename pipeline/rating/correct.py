@@ -28,10 +28,11 @@ from pipeline.core.corrections import Correction, HeldRow, priced_as, terms_reco
 from pipeline.core.money import amount_decimal, quantity_decimal
 from pipeline.core.periods import to_datetime
 from pipeline.core.reasons import Reason, Rejection, Stage
-from pipeline.core.usage import Event, ParkedRecord, Refused
+from pipeline.core.usage import DecodedEvent, Event, ParkedRecord, Refused
 from pipeline.infra.avro import EVENTS, RATED, Schemas
 from pipeline.infra.wire import subject_of, zigzag
 from pipeline.rating.accept import accept
+from pipeline.rating.arrivals import new_arrivals
 from pipeline.rating.enrich import TermsView, counter_of, enrich
 from pipeline.rating.rate import FITS, Quantities, RowContext, rate
 
@@ -72,7 +73,7 @@ class CorrectionRecord(NamedTuple):
 class State(Quantities, Protocol):
     """What is known before the correction, in the batch too."""
 
-    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]: ...
+    def known(self, identities: bytes) -> Sequence[bytes | None]: ...
 
 
 class Surroundings(NamedTuple):
@@ -132,10 +133,17 @@ def correct(record: CorrectionRecord, state: State, around: Surroundings) -> Cor
     if isinstance(event, Refused):
         return event
     # Step 2.
-    as_event = event._replace(
-        record=record, identity=correction_identity(event.identity, said.entry), payload=xxh3_64_digest(record.value)
+    as_event = DecodedEvent(
+        record,
+        correction_identity(event.identity, said.entry),
+        xxh3_64_digest(record.value),
+        event.key,
+        event.account,
+        event.event_type,
+        event.timestamp_us,
+        event.properties,
     )
-    before = state.known([as_event.identity])[0]
+    before = state.known(as_event.identity)[0]
     if before is not None:
         if before == as_event.payload:
             return Repeated(as_event)
@@ -207,6 +215,7 @@ def _read(value: bytes, record: CorrectionRecord, around: Surroundings) -> Event
         partitions=around.partitions,
         frames=around.context.frames,
         now_ms=around.now_ms,
+        arrivals=new_arrivals(),
         own_only=True,
     )
     if accepted.refused:
@@ -316,10 +325,10 @@ def _replaced(
         return new
     if (new.identity, new.timestamp_us) != (event.identity, event.timestamp_us):
         return _refused(record, _ANOTHER_EVENT, event)
-    known, unknown = enrich([new], around.view)
-    if unknown:
-        return _refused(record, unknown[0].rejection, new)
-    rows, _, unpriced = rate(known, totals, state, around.context)
+    enriched = enrich([new], around.view)
+    if enriched.refused:
+        return _refused(record, enriched.refused[0].rejection, new)
+    rows, _, unpriced = rate(enriched, totals, state, around.context)
     if unpriced:
         return _refused(record, unpriced[0].rejection, new)
     return [_as_correction(row, said.entry + 1, around.schemas) for _, row in rows]

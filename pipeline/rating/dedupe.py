@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, Refused
+from pipeline.infra.wire import IDENTITY_BYTES
 from pipeline.rating import compiled
+from pipeline.rating.recent import each_identity
 
 
 class Deduped(NamedTuple):
@@ -19,28 +21,42 @@ class Deduped(NamedTuple):
     conflicts: list[Refused]
 
 
-def identities(events: list[Event]) -> list[bytes]:
-    """The identity of each event."""
-    if compiled.fastpath is not None:
-        found: list[bytes] = compiled.fastpath.identities(events)
-        return found
-    return [event.identity for event in events]
+class Wave(NamedTuple):
+    """Events of different identities."""
+
+    events: list[Event]
+    identities: bytes  #: of each event, one behind the other
 
 
-def waves(events: list[Event]) -> list[list[Event]]:
+def waves(events: list[Event]) -> list[Wave]:
     """The events in order, split by how often their identity stood before: one wave unless one stands twice."""
-    if len(set(identities(events))) == len(events):
-        return [events] if events else []
-    first = dict(zip([event.identity for event in reversed(events)], reversed(events), strict=True))
-    split = [[event for event in events if first[event.identity] is event]]
+    if not events:
+        return []
+    whole = Wave(events, _identities(events))
+    if not _has_repeats(whole.identities):
+        return [whole]
     times: dict[bytes, int] = {}
+    split: list[list[Event]] = []
     for event in events:
-        if first[event.identity] is not event:
-            number = times[event.identity] = times.get(event.identity, 0) + 1
-            if number == len(split):
-                split.append([])
-            split[number].append(event)
-    return split
+        identity = event.identity
+        number = times[identity] = times.get(identity, -1) + 1
+        if number == len(split):
+            split.append([])
+        split[number].append(event)
+    return [Wave(some, _identities(some)) for some in split]
+
+
+def _identities(events: list[Event]) -> bytes:
+    if compiled.fastpath is not None:
+        found: bytes = compiled.fastpath.identities(events)
+        return found
+    return b"".join([event.identity for event in events])
+
+
+def _has_repeats(identities: bytes) -> bool:
+    if compiled.fastpath is not None:
+        return bool(compiled.fastpath.has_repeats(identities))
+    return len(set(each_identity(identities))) < len(identities) // IDENTITY_BYTES
 
 
 def dedupe(wave: list[Event], known: Sequence[bytes | None]) -> Deduped:

@@ -126,26 +126,24 @@ class TermsView:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
         self.offset = catalog.offset
-        #: What was looked up so far, by account and event type, newest span first.
-        self.spans: dict[tuple[bytes, bytes], list[RatingTerms]] = {}
+        #: What was looked up so far, by account, by event type, newest span first.
+        self.spans: dict[bytes, dict[bytes, list[RatingTerms]]] = {}
         # Accounts on one plan share what was compiled of it.
         self._measures: dict[Meter, Measure] = {}
         self._prices: dict[tuple[Charge, tuple[str, ...]], Price] = {}
         self._cells_bytes = 0
 
     def find(self, account: bytes, event_type: bytes, at_us: int) -> RatingTerms | Rejection:
-        spans = self.spans.get((account, event_type))
-        if spans is not None:
-            for terms in spans:
-                if terms.start_us <= at_us < terms.end_us:
-                    return terms
+        for terms in self.spans.get(account, {}).get(event_type, ()):
+            if terms.start_us <= at_us < terms.end_us:
+                return terms
         found = self.catalog.terms(account.decode(), event_type.decode(), at_us)
         if isinstance(found, Rejection):
             return found
         priced = tuple([self._pricing(found.segment, charge, meter) for charge, meter in found.priced])
         terms = RatingTerms(found.start_us, found.end_us, found.segment.period.end_us, priced)
         # Newest span first: live events ask for it, late ones look further.
-        self.spans.setdefault((account, event_type), []).insert(0, terms)
+        self.spans.setdefault(account, {}).setdefault(event_type, []).insert(0, terms)
         return terms
 
     def _pricing(self, segment: Segment, charge: Charge, meter: Meter) -> Pricing:
@@ -167,7 +165,7 @@ class TermsView:
             constant = _constant(segment, charge, meter, price_class, cell)
             rule = compile_rule(charge, meter, counter, values, shared)
             if rule is None:
-                return Priced(counter, constant, measure, self._price(charge, values))
+                return _priced(counter, constant, measure, self._price(charge, values))
             return Ruled(counter, constant, measure, rule)
 
         if charge.split:
@@ -200,27 +198,45 @@ class TermsView:
             self._prices.clear()
 
 
-def enrich(events: list[Event], view: TermsView) -> tuple[list[tuple[Event, RatingTerms]], list[Refused]]:
-    """Pair each event with the terms valid at its time; what has none is refused, or parked until it may have."""
-    known: list[tuple[Event, RatingTerms]] = []
+class Enriched(NamedTuple):
+    """Events, the terms of each beside it, and what has none."""
+
+    events: list[Event]
+    terms: list[RatingTerms]
+    refused: list[Refused]
+
+
+def enrich(events: list[Event], view: TermsView) -> Enriched:
+    """Find the terms valid at each event's time; what has none is refused, or parked until it may have."""
+    known: list[Event] = []
+    terms_of: list[RatingTerms] = []
     refused: list[Refused] = []
     find = view.find
     fastpath = compiled.fastpath
     at, end = 0, len(events)
     while True:
         if fastpath is not None:
-            at = fastpath.enrich_plain(events, at, view.spans, known)
+            at = fastpath.enrich_plain(events, at, view.spans, known, terms_of)
         if at == end:
             break
         event = events[at]
         at += 1
         terms = find(event.account, event.event_type, event.timestamp_us)
         if type(terms) is RatingTerms:
-            known.append((event, terms))
+            known.append(event)
+            terms_of.append(terms)
         else:
             assert isinstance(terms, Rejection)
             refused.append(Refused(event.record, terms, event.account, event.key, event.event_type, event.timestamp_us))
-    return known, refused
+    return Enriched(known, terms_of, refused)
+
+
+def _priced(counter: bytes, constant: bytes, measure: Measure, price: Price) -> Priced:
+    """One that the fast path knows, where there is one."""
+    if compiled.fastpath is not None:
+        made: Priced = compiled.fastpath.Priced(counter, constant, measure, price)
+        return made
+    return Priced(counter, constant, measure, price)
 
 
 def _pool_counter(segment: Segment, pool: str) -> bytes:

@@ -15,11 +15,15 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
+import os
+
+import cython
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
-from pipeline.core.usage import Event, ParkedRecord
+from pipeline.core.usage import ParkedRecord
 from pipeline.infra.wire import decimal
 
 cdef extern from "Python.h":
@@ -27,6 +31,7 @@ cdef extern from "Python.h":
     ctypedef long long int128_t "__int128"
     int64_t INT64_MAX
     int64_t INT64_MIN
+    Py_ssize_t PY_SSIZE_T_MAX
     object PyUnicode_DecodeUTF8(const char*, Py_ssize_t, const char*)
 
 cdef enum:
@@ -45,9 +50,102 @@ cdef enum:
     IDENTITY_BYTES = 16
     PAYLOAD_BYTES = 8
 
-cdef object _new_tuple = tuple.__new__
-cdef object _Event = Event
 cdef object _Parked = ParkedRecord
+
+
+cdef struct Span:
+    Py_ssize_t start
+    Py_ssize_t end
+
+
+cdef struct Entry:
+    # A property: its name with its length, and its value with its own behind that.
+    Py_ssize_t start
+    Py_ssize_t name_end
+    Py_ssize_t end
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(4096)
+cdef class PlainEvent:
+    """An ``Event`` of ``core.usage`` that keeps its texts where they came: they are made into objects when asked for."""
+
+    cdef readonly object record
+    cdef readonly bytes account, event_type
+    cdef readonly int64_t timestamp_us
+    cdef bytes value
+    cdef int64_t appended_ms
+    cdef Span key_span, subject_span
+    #: Where the entries of its properties begin, and how many there are.
+    cdef Py_ssize_t properties_at, properties_count
+    cdef uint8_t[IDENTITY_BYTES] identity_bytes
+    cdef uint8_t[PAYLOAD_BYTES] payload_bytes
+    cdef dict made_properties
+
+    @property
+    def identity(self):
+        return PyBytes_FromStringAndSize(<const char*>self.identity_bytes, IDENTITY_BYTES)
+
+    @property
+    def payload(self):
+        return PyBytes_FromStringAndSize(<const char*>self.payload_bytes, PAYLOAD_BYTES)
+
+    @property
+    def key(self):
+        return _slice(self.data(), self.key_span)
+
+    @property
+    def properties(self):
+        return self.all_properties()
+
+    cdef inline const uint8_t* data(self):
+        return <const uint8_t*>PyBytes_AS_STRING(self.value)
+
+    cdef dict all_properties(self):
+        cdef const uint8_t* data = self.data()
+        cdef Py_ssize_t i, at = self.properties_at
+        cdef Span name, value
+        if self.made_properties is None:
+            made = {}
+            for i in range(self.properties_count):
+                _next_text(data, &at, &name)
+                _next_text(data, &at, &value)
+                made[_slice(data, name)] = _slice(data, value)
+            self.made_properties = made
+        return self.made_properties
+
+    cdef bint find(self, bytes wanted, Span* value):
+        """Where the value of a property stands; False without one."""
+        cdef const uint8_t* data = self.data()
+        cdef const char* text = PyBytes_AS_STRING(wanted)
+        cdef Py_ssize_t i, at = self.properties_at, size = PyBytes_GET_SIZE(wanted)
+        cdef Span name
+        for i in range(self.properties_count):
+            _next_text(data, &at, &name)
+            _next_text(data, &at, value)
+            if name.end - name.start == size and memcmp(data + name.start, text, size) == 0:
+                return True
+        return False
+
+    def __iter__(self):
+        yield from (self.record, self.identity, self.payload, self.key, self.account, self.event_type)
+        yield from (self.timestamp_us, self.properties)
+
+    def __eq__(self, other):
+        return tuple(self) == tuple(other)
+
+    def __hash__(self):
+        return hash(self.identity)
+
+
+cdef inline void _next_text(const uint8_t* data, Py_ssize_t* at, Span* span) noexcept nogil:
+    """The next text of a message that was found well formed."""
+    cdef int64_t length = 0
+    _varint(data, PY_SSIZE_T_MAX, at, &length)
+    span.start = at[0]
+    span.end = at[0] + length
+    at[0] = span.end
 
 
 cdef class PlainNumber:
@@ -60,25 +158,21 @@ cdef class PlainNumber:
         self.key = key
         self.exact = exact
 
-    cdef object of(self, dict properties):
-        cdef PyObject* found = PyDict_GetItem(properties, self.key)
-        cdef Py_ssize_t i, size
+    cdef object of(self, PlainEvent event):
+        cdef Span found
+        cdef Py_ssize_t i
         cdef int64_t value = 0
-        cdef const char* digits
-        if found is NULL:
-            return self.exact(properties)
-        size = PyBytes_GET_SIZE(<object>found)
-        digits = PyBytes_AS_STRING(<object>found)
-        if size == 0 or size > DIGITS_MAX:
-            return self.exact(properties)
-        for i in range(size):
-            if not 48 <= digits[i] <= 57:
-                return self.exact(properties)
-            value = value * 10 + digits[i] - 48
+        cdef const uint8_t* data = event.data()
+        if not event.find(self.key, &found) or not 0 < found.end - found.start <= DIGITS_MAX:
+            return self.exact(event.all_properties())
+        for i in range(found.start, found.end):
+            if not 48 <= data[i] <= 57:
+                return self.exact(event.all_properties())
+            value = value * 10 + data[i] - 48
         return value * 1_000_000_000
 
     def __call__(self, dict properties):
-        return self.of(properties)
+        return self.exact(properties)
 
 
 cdef class PlainLines:
@@ -124,11 +218,6 @@ cdef class PlainLines:
 
     def __call__(self, quantity):
         return self.of(quantity)
-
-
-cdef struct Span:
-    Py_ssize_t start
-    Py_ssize_t end
 
 
 cdef inline bint _varint(const uint8_t* data, Py_ssize_t size, Py_ssize_t* at, int64_t* value) noexcept nogil:
@@ -192,11 +281,16 @@ cdef inline bint _is_utf8(const uint8_t* data, Span span):
     return True
 
 
-cdef inline bint _before(const uint8_t* data, Span one, Span other) noexcept nogil:
+cdef inline bint _before(const uint8_t* data, Entry one, Entry other) noexcept nogil:
     """Do the bytes of one sort before those of the other?"""
     cdef Py_ssize_t n = one.end - one.start, m = other.end - other.start
     cdef int order = memcmp(data + one.start, data + other.start, n if n < m else m)
     return order < 0 or (order == 0 and n < m)
+
+
+cdef inline bint _one_name(const uint8_t* data, Entry one, Entry other) noexcept nogil:
+    cdef Py_ssize_t n = one.name_end - one.start
+    return n == other.name_end - other.start and memcmp(data + one.start, data + other.start, n) == 0
 
 
 def accept_plain(
@@ -208,7 +302,7 @@ def accept_plain(
     bint own_only,
     tuple limits,
     list events,
-    list arrived,
+    Arrivals arrivals,
 ):
     """Decode and check records from ``start`` on, as ``accept`` does; returns the index of the first it did not take.
 
@@ -221,16 +315,15 @@ def accept_plain(
     cdef Py_ssize_t index, count = PyList_GET_SIZE(records), size, at, properties_count, i, k, joined
     cdef int64_t timestamp_us, sequence, block, appended_ms
     cdef const uint8_t* data
-    cdef Span key, account, event_type, subject, source, moved, named, subject_part
-    cdef Span[PROPERTIES_MAX] names
-    cdef Span[PROPERTIES_MAX] values
-    cdef Span[PROPERTIES_MAX] entries
+    cdef Py_ssize_t properties_at
+    cdef Span key, account, event_type, subject, source, named, text
+    cdef Entry moved
+    cdef Entry[PROPERTIES_MAX] entries
     cdef bint plain, ascii
     cdef object record
-    cdef bytes value, frame, account_bytes, name, measures
+    cdef bytes value, account_bytes, measures, digest, frame = None
     cdef bytes type_bytes = b"", source_bytes = b""
-    cdef list last_names = []
-    cdef dict properties
+    cdef PlainEvent event
     cdef char* out
     cdef PyObject* home
 
@@ -244,13 +337,10 @@ def accept_plain(
         data = <const uint8_t*>PyBytes_AS_STRING(value)
         if size <= FRAME_BYTES or size > event_max:
             return index
-        plain = False
-        for frame in frames:
-            if memcmp(data, PyBytes_AS_STRING(frame), FRAME_BYTES) == 0:
-                plain = True
-                break
-        if not plain:
-            return index
+        if frame is None or memcmp(data, PyBytes_AS_STRING(frame), FRAME_BYTES) != 0:
+            frame = value[:FRAME_BYTES]
+            if PyDict_GetItem(frames, frame) is NULL:
+                return index
 
         at = FRAME_BYTES
         ascii = True
@@ -263,15 +353,16 @@ def accept_plain(
             return index
         if not _text(data, size, &at, &subject, &ascii):
             return index
-        subject_part.start, subject_part.end = event_type.end, at
-
         # Properties: one block of entries and the empty block behind it; none at all is the empty block alone.
         if not _varint(data, size, &at, &block) or block < 0 or block > PROPERTIES_MAX:
             return index
-        properties_count = block
+        properties_count, properties_at = block, at
         for i in range(properties_count):
             entries[i].start = at
-            if not (_text(data, size, &at, &names[i], &ascii) and _text(data, size, &at, &values[i], &ascii)):
+            if not _text(data, size, &at, &text, &ascii):
+                return index
+            entries[i].name_end = at
+            if not _text(data, size, &at, &text, &ascii):
                 return index
             entries[i].end = at
         if properties_count:
@@ -288,8 +379,10 @@ def accept_plain(
                 and _is_utf8(data, subject)
                 and _is_utf8(data, source)
             )
-            for i in range(properties_count):
-                plain = plain and _is_utf8(data, names[i]) and _is_utf8(data, values[i])
+            at = properties_at
+            for i in range(2 * properties_count):
+                _next_text(data, &at, &text)
+                plain = plain and _is_utf8(data, text)
             if not plain:
                 return index
 
@@ -311,16 +404,6 @@ def accept_plain(
         if not own_only and account_bytes is not message_key:
             return index
 
-        properties = {}
-        for i in range(properties_count):
-            if i == PyList_GET_SIZE(last_names):
-                last_names.append(None)
-            name = _again(data, names[i], last_names[i])
-            last_names[i] = name
-            PyDict_SetItem(properties, name, _slice(data, values[i]))
-        if PyDict_Size(properties) != properties_count:
-            return index
-
         # Canonical bytes of the payload: type, time and subject as they stand, the entries sorted.
         for i in range(1, properties_count):
             moved = entries[i]
@@ -329,36 +412,33 @@ def accept_plain(
                 entries[k] = entries[k - 1]
                 k -= 1
             entries[k] = moved
-        joined = subject_part.end - account.end
+        joined = subject.end - account.end
         for i in range(properties_count):
+            # Sorted, those of one name are neighbours.
+            if i > 0 and _one_name(data, entries[i - 1], entries[i]):
+                return index
             joined += entries[i].end - entries[i].start
         measures = PyBytes_FromStringAndSize(NULL, joined)
         out = PyBytes_AS_STRING(measures)
-        memcpy(out, data + account.end, subject_part.end - account.end)
-        out += subject_part.end - account.end
+        out = _put(out, <const char*>data + account.end, subject.end - account.end)
         for i in range(properties_count):
-            memcpy(out, data + entries[i].start, entries[i].end - entries[i].start)
-            out += entries[i].end - entries[i].start
+            out = _put(out, <const char*>data + entries[i].start, entries[i].end - entries[i].start)
 
         named.start, named.end = FRAME_BYTES, account.end
         type_bytes = _again(data, event_type, type_bytes)
         source_bytes = _again(data, source, source_bytes)
-        arrived.append((source_bytes, sequence))
-        events.append(
-            _new_tuple(
-                _Event,
-                (
-                    record,
-                    xxh3_128_digest(_slice(data, named)),
-                    xxh3_64_digest(measures),
-                    _slice(data, key),
-                    account_bytes,
-                    type_bytes,
-                    timestamp_us,
-                    properties,
-                ),
-            )
-        )
+        arrivals.note(source_bytes, sequence)
+        event = PlainEvent.__new__(PlainEvent)
+        event.record, event.value = record, value
+        event.account, event.event_type = account_bytes, type_bytes
+        event.timestamp_us, event.appended_ms = timestamp_us, appended_ms
+        event.key_span, event.subject_span = key, subject
+        event.properties_at, event.properties_count = properties_at, properties_count
+        digest = xxh3_128_digest(_slice(data, named))
+        memcpy(event.identity_bytes, PyBytes_AS_STRING(digest), IDENTITY_BYTES)
+        digest = xxh3_64_digest(measures)
+        memcpy(event.payload_bytes, PyBytes_AS_STRING(digest), PAYLOAD_BYTES)
+        events.append(event)
     return count
 
 
@@ -396,30 +476,61 @@ cdef inline Py_ssize_t _put_decimal(object value, uint8_t* out) except -1:
     return size + 1
 
 
-def enrich_plain(list events, Py_ssize_t start, dict spans, list known):
-    """Pair events with terms already looked up, as ``enrich`` does; returns the index of the first without."""
+def enrich_plain(list events, Py_ssize_t start, dict spans, list known, list terms_of):
+    """Add events and their terms already looked up, as ``enrich`` does; returns the index of the first without."""
     cdef Py_ssize_t index, count = PyList_GET_SIZE(events)
-    cdef tuple event
+    cdef PlainEvent event
     cdef object terms
     cdef PyObject* found
-    cdef int64_t at_us
     cdef bint paired
 
     for index in range(start, count):
-        event = <tuple>PyList_GET_ITEM(events, index)
-        found = PyDict_GetItem(spans, (<object>PyTuple_GET_ITEM(event, 4), <object>PyTuple_GET_ITEM(event, 5)))
+        if type(<object>PyList_GET_ITEM(events, index)) is not PlainEvent:
+            return index
+        event = <PlainEvent>PyList_GET_ITEM(events, index)
+        found = PyDict_GetItem(spans, event.account)
+        if found is not NULL:
+            found = PyDict_GetItem(<dict>found, event.event_type)
         if found is NULL:
             return index
-        at_us = <object>PyTuple_GET_ITEM(event, 6)
         paired = False
         for terms in <list>found:
-            if <int64_t>(<object>PyTuple_GET_ITEM(terms, 0)) <= at_us < <int64_t>(<object>PyTuple_GET_ITEM(terms, 1)):
-                known.append((event, terms))
+            if (
+                <int64_t>(<object>PyTuple_GET_ITEM(terms, 0))
+                <= event.timestamp_us
+                < <int64_t>(<object>PyTuple_GET_ITEM(terms, 1))
+            ):
+                known.append(event)
+                terms_of.append(terms)
                 paired = True
                 break
         if not paired:
             return index
     return count
+
+
+cdef class Priced:
+    """As ``enrich.Priced``."""
+
+    cdef readonly bytes counter, constant
+    cdef readonly object measure, price
+    cdef object memo_quantity
+    cdef object memo_cost
+    cdef bytes memo_encoded
+
+    def __init__(self, bytes counter, bytes constant, object measure, object price):
+        self.counter, self.constant = counter, constant
+        self.measure, self.price = measure, price
+        self.memo_quantity, self.memo_cost, self.memo_encoded = None, 0, b""
+
+    @property
+    def memo(self):
+        return self.memo_quantity, self.memo_cost, self.memo_encoded
+
+    @memo.setter
+    def memo(self, tuple memo):
+        # Without giving way in between: a thread that lost the partition may still be at work on it.
+        self.memo_quantity, self.memo_cost, self.memo_encoded = memo
 
 
 cdef class Running:
@@ -439,41 +550,132 @@ cdef class Running:
         return self.quantity_of(counter) if found is NULL else <object>found
 
 
-cdef inline bytes _subject(bytes value):
-    """The subject of an accepted event."""
-    cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(value)
-    cdef Py_ssize_t size = PyBytes_GET_SIZE(value), at = FRAME_BYTES
-    cdef int64_t length = 0, timestamp_us
-    for _ in range(3):
-        _varint(data, size, &at, &length)
-        at += length
-    _varint(data, size, &at, &timestamp_us)
-    _varint(data, size, &at, &length)
-    return PyBytes_FromStringAndSize(<const char*>data + at, length)
-
-
-cdef inline object _counter_met(object split, dict properties, bytes value):
+cdef inline object _counter_met(object split, PlainEvent event):
     """The counter of an event's cell, as ``Split.find`` has it; None for a cell not met before."""
     cdef tuple keys = split.keys, cell
     cdef Py_ssize_t i, count = PyTuple_GET_SIZE(keys)
     cdef bint per_subject = split.per_subject
+    cdef Span part
     cdef PyObject* found
     cell = PyTuple_New(count + per_subject)
     for i in range(count):
-        found = PyDict_GetItem(properties, <object>PyTuple_GET_ITEM(keys, i))
-        part = b"" if found is NULL else <object>found
-        Py_INCREF(part)
-        PyTuple_SET_ITEM(cell, i, part)
+        if not event.find(<bytes>PyTuple_GET_ITEM(keys, i), &part):
+            part.start = part.end = 0
+        _set_text(cell, i, event, part)
     if per_subject:
-        part = _subject(value)
-        Py_INCREF(part)
-        PyTuple_SET_ITEM(cell, count, part)
+        _set_text(cell, count, event, event.subject_span)
     found = PyDict_GetItem(<dict>split.met, cell)
     return None if found is NULL else <object>found
 
 
+cdef inline void _set_text(tuple cell, Py_ssize_t at, PlainEvent event, Span span):
+    cdef bytes text = _slice(event.data(), span)
+    Py_INCREF(text)
+    PyTuple_SET_ITEM(cell, at, text)
+
+
+cdef struct Row:
+    # What all rows of an event share, and those of all events of a call.
+    const char* frame
+    const char* origin
+    Py_ssize_t origin_size
+    const char* catalog_offset
+    Py_ssize_t catalog_offset_size
+    uint8_t[HEAD_BYTES_MAX] head
+    Py_ssize_t head_size
+    bint late
+
+
+cdef inline tuple _row(
+    const Row* row, PlainEvent event, bytes constant, object quantity, bytes before, bytes after, object amount
+):
+    """The Kafka key and the bytes of a rated row."""
+    cdef uint8_t[DECIMAL_BYTES_MAX] quantity_out
+    cdef uint8_t[DECIMAL_BYTES_MAX] amount_out
+    cdef Py_ssize_t value_size = PyBytes_GET_SIZE(event.value) - FRAME_BYTES
+    cdef Py_ssize_t quantity_size = _put_decimal(quantity, quantity_out)
+    cdef Py_ssize_t amount_size = _put_decimal(amount, amount_out)
+    cdef Py_ssize_t size = (
+        FRAME_BYTES + value_size + row.origin_size + row.head_size + IDENTITY_BYTES + row.catalog_offset_size
+        + PyBytes_GET_SIZE(constant) + quantity_size + PyBytes_GET_SIZE(before) + PyBytes_GET_SIZE(after)
+        + amount_size + 1
+    )
+    cdef bytes made = PyBytes_FromStringAndSize(NULL, size)
+    cdef char* out = PyBytes_AS_STRING(made)
+    out = _put(out, row.frame, FRAME_BYTES)
+    out = _put(out, PyBytes_AS_STRING(event.value) + FRAME_BYTES, value_size)
+    out = _put(out, row.origin, row.origin_size)
+    out = _put(out, <const char*>row.head, row.head_size)
+    out = _put(out, <const char*>event.identity_bytes, IDENTITY_BYTES)
+    out = _put(out, row.catalog_offset, row.catalog_offset_size)
+    out = _put(out, PyBytes_AS_STRING(constant), PyBytes_GET_SIZE(constant))
+    out = _put(out, <const char*>quantity_out, quantity_size)
+    out = _put(out, PyBytes_AS_STRING(before), PyBytes_GET_SIZE(before))
+    out = _put(out, PyBytes_AS_STRING(after), PyBytes_GET_SIZE(after))
+    out = _put(out, <const char*>amount_out, amount_size)
+    out[0] = row.late
+    return event.account, made
+
+
+cdef bint _rate_counter(
+    Priced priced,
+    PlainEvent event,
+    object quantity,
+    dict totals,
+    object quantity_of,
+    object fits,
+    const Row* row,
+    list rows,
+    list moved,
+) except -1:
+    """Add the row of a counter, and where it moved: to ``moved``, or to ``totals`` at once. False: not plain."""
+    cdef PyObject* found = PyDict_GetItem(totals, priced.counter)
+    cdef object before = quantity_of(priced.counter) if found is NULL else <object>found
+    cdef object after, cost, after_cost, price = priced.price
+    cdef bytes before_encoded, after_encoded
+    cdef uint8_t[DECIMAL_BYTES_MAX] after_out
+    if before is None:
+        before, cost, before_encoded = 0, 0, b"\x02\x00"
+    elif before is priced.memo_quantity or before == priced.memo_quantity:
+        cost, before_encoded = priced.memo_cost, priced.memo_encoded
+    else:
+        cost, before_encoded = price(before), decimal(before)
+        if cost is not None and not -fits < cost < fits:
+            return False
+    after = before + quantity
+    after_cost = (<PlainLines>price).of(after) if type(price) is PlainLines else price(after)
+    if cost is None or after_cost is None:
+        return False
+    if not (-fits < after < fits and -fits < after_cost < fits):
+        return False
+    after_encoded = PyBytes_FromStringAndSize(<const char*>after_out, _put_decimal(after, after_out))
+    rows.append(_row(row, event, priced.constant, quantity, before_encoded, after_encoded, after_cost - cost))
+    priced.memo_quantity, priced.memo_cost, priced.memo_encoded = after, after_cost, after_encoded
+    if moved is None:
+        PyDict_SetItem(totals, priced.counter, after)
+    else:
+        moved.append((priced.counter, after))
+    return True
+
+
+cdef bint _rate_by_rule(
+    object priced, PlainEvent event, object quantity, Running running, object step_type, object fits, const Row* row, list rows
+) except -1:
+    """As ``_rate_counter``, for a counter that events move by a rule."""
+    step = priced.rule(quantity, event.all_properties(), running)
+    if type(step) is not step_type:
+        return False
+    before, after, amount, changes = step
+    if not (-fits < after < fits and -fits < amount < fits):
+        return False
+    rows.append(_row(row, event, priced.constant, quantity, decimal(before), decimal(after), amount))
+    running.moved.extend(changes)
+    return True
+
+
 def rate_plain(
     list known,
+    list terms_of,
     Py_ssize_t start,
     dict totals,
     object quantity_of,
@@ -488,146 +690,72 @@ def rate_plain(
     """Price events from ``start`` on, as ``rate`` does; returns the index of the first it did not take.
 
     ``origin`` is the encoded topic and partition of records that come from ``usage.events``. ``kinds`` are the types
-    ``Priced``, ``Split`` and ``Step``: what is no ``Priced`` goes by a rule.
+    ``Split``, ``Ruled`` and ``Step``.
     """
-    cdef Py_ssize_t index, count = PyList_GET_SIZE(known), charges, measured, i, size
-    cdef tuple pair, event, terms, charged, memo
-    cdef object priced_type = kinds[0], split_type = kinds[1], step_type = kinds[2]
-    cdef object record, priced, quantity, before, after, cost, after_cost, amount
+    cdef Py_ssize_t index, count = PyList_GET_SIZE(known), charges, rows_before, i
+    cdef PlainEvent event
+    cdef tuple terms, charged
+    cdef object split_type = kinds[0], ruled_type = kinds[1], step_type = kinds[2]
+    cdef object priced, measure, quantity
+    cdef bytes frame = None
     cdef Running running = None
-    cdef bytes value, row_frame, constant, before_bytes, after_bytes, row, account, identity
-    cdef list taken, amounts, moved, made
-    cdef dict properties
-    cdef PyObject* found
-    cdef uint8_t[HEAD_BYTES_MAX] head
-    cdef uint8_t[DECIMAL_BYTES_MAX] quantity_out
-    cdef uint8_t[DECIMAL_BYTES_MAX] after_out
-    cdef uint8_t[DECIMAL_BYTES_MAX] amount_out
-    cdef Py_ssize_t head_size, quantity_size, amount_size, after_size, value_size
-    cdef int64_t appended_ms, period_end_us
-    cdef char* out
+    cdef Row row
+    cdef list moved = []
     cdef bint plain
 
+    row.origin, row.origin_size = PyBytes_AS_STRING(origin), PyBytes_GET_SIZE(origin)
+    row.catalog_offset, row.catalog_offset_size = PyBytes_AS_STRING(catalog_offset), PyBytes_GET_SIZE(catalog_offset)
     for index in range(start, count):
-        pair = <tuple>PyList_GET_ITEM(known, index)
-        event = <tuple>PyTuple_GET_ITEM(pair, 0)
-        terms = <tuple>PyTuple_GET_ITEM(pair, 1)
-        record = <object>PyTuple_GET_ITEM(event, 0)
+        if type(<object>PyList_GET_ITEM(known, index)) is not PlainEvent:
+            return index
+        event = <PlainEvent>PyList_GET_ITEM(known, index)
+        if type(event.record) is _Parked:
+            return index
+        terms = <tuple>PyList_GET_ITEM(terms_of, index)
         charged = <tuple>PyTuple_GET_ITEM(terms, 3)
         charges = PyTuple_GET_SIZE(charged)
-        if type(record) is _Parked:
-            return index
-        properties = <dict>PyTuple_GET_ITEM(event, 7)
-        taken = []
-        amounts = []
+        rows_before = PyList_GET_SIZE(rows)
+        if frame is None or memcmp(PyBytes_AS_STRING(event.value), PyBytes_AS_STRING(frame), FRAME_BYTES) != 0:
+            frame = event.value[:FRAME_BYTES]
+            row.frame = PyBytes_AS_STRING(<object>PyDict_GetItem(frames, frame))
+        row.head_size = _put_varint(event.record.offset, row.head)
+        row.head_size += _put_varint(event.appended_ms, row.head + row.head_size)
+        row.late = event.appended_ms * 1000 >= <int64_t>(<object>PyTuple_GET_ITEM(terms, 2))
         plain = True
         for i in range(charges):
             priced = <object>PyTuple_GET_ITEM(charged, i)
-            measure = priced.measure
-            quantity = (<PlainNumber>measure).of(properties) if type(measure) is PlainNumber else measure(properties)
+            measure = (<Priced>priced).measure if type(priced) is Priced else priced.measure
+            if type(measure) is PlainNumber:
+                quantity = (<PlainNumber>measure).of(event)
+            else:
+                quantity = measure(event.all_properties())
             if quantity is None:
                 continue
             if type(quantity) is not int:
                 plain = False
                 break
             if type(priced) is split_type:
-                priced = _counter_met(priced, properties, <bytes>record.value)
-                if priced is None:
-                    plain = False
-                    break
-            taken.append(priced)
-            amounts.append(quantity)
-        measured = PyList_GET_SIZE(taken)
-        if not plain or measured == 0:
-            return index
-
-        identity = <bytes>PyTuple_GET_ITEM(event, 1)
-        account = <bytes>PyTuple_GET_ITEM(event, 4)
-        value = record.value
-        value_size = PyBytes_GET_SIZE(value) - FRAME_BYTES
-        row_frame = <bytes>frames[value[:FRAME_BYTES]]
-        appended_ms = record.timestamp
-        period_end_us = terms[2]
-        head_size = _put_varint(record.offset, head)
-        head_size += _put_varint(appended_ms, head + head_size)
-        moved = []
-        made = []
-        for i in range(measured):
-            priced = taken[i]
-            quantity = amounts[i]
-            if type(priced) is priced_type:
-                counter = priced.counter
-                found = PyDict_GetItem(totals, counter)
-                before = quantity_of(counter) if found is NULL else <object>found
-                memo = priced.memo
-                price = priced.price
-                if before is None:
-                    before, cost, before_bytes = 0, 0, b"\x02\x00"
-                elif before == memo[0]:
-                    cost, before_bytes = memo[1], memo[2]
-                else:
-                    cost, before_bytes = price(before), decimal(before)
-                    if cost is not None and not -fits < cost < fits:
-                        plain = False
-                        break
-                after = before + quantity
-                after_cost = (<PlainLines>price).of(after) if type(price) is PlainLines else price(after)
-                if cost is None or after_cost is None:
-                    plain = False
-                    break
-                if not (-fits < after < fits and -fits < after_cost < fits):
-                    plain = False
-                    break
-                after_size = _put_decimal(after, after_out)
-                after_bytes = PyBytes_FromStringAndSize(<const char*>after_out, after_size)
-                priced.memo = (after, after_cost, after_bytes)
-                moved.append((counter, after))
-                amount = after_cost - cost
-            else:
+                priced = _counter_met(priced, event)
+            if type(priced) is Priced:
+                plain = _rate_counter(
+                    <Priced>priced, event, quantity, totals, quantity_of, fits, &row, rows, None if charges == 1 else moved
+                )
+            elif type(priced) is ruled_type:
                 if running is None:
                     running = Running()
-                    running.totals, running.quantity_of = totals, quantity_of
-                running.moved = moved
-                step = priced.rule(quantity, properties, running)
-                if type(step) is not step_type:
-                    plain = False
-                    break
-                before, after, amount, changes = step
-                if not (-fits < after < fits and -fits < amount < fits):
-                    plain = False
-                    break
-                before_bytes = decimal(before)
-                after_size = _put_decimal(after, after_out)
-                moved.extend(changes)
-
-            constant = priced.constant
-            quantity_size = _put_decimal(quantity, quantity_out)
-            amount_size = _put_decimal(amount, amount_out)
-            size = (
-                FRAME_BYTES + value_size + PyBytes_GET_SIZE(origin) + head_size + PyBytes_GET_SIZE(identity)
-                + PyBytes_GET_SIZE(catalog_offset) + PyBytes_GET_SIZE(constant) + quantity_size
-                + PyBytes_GET_SIZE(before_bytes) + after_size + amount_size + 1
-            )
-            row = PyBytes_FromStringAndSize(NULL, size)
-            out = PyBytes_AS_STRING(row)
-            out = _put(out, PyBytes_AS_STRING(row_frame), FRAME_BYTES)
-            out = _put(out, PyBytes_AS_STRING(value) + FRAME_BYTES, value_size)
-            out = _put(out, PyBytes_AS_STRING(origin), PyBytes_GET_SIZE(origin))
-            out = _put(out, <const char*>head, head_size)
-            out = _put(out, PyBytes_AS_STRING(identity), PyBytes_GET_SIZE(identity))
-            out = _put(out, PyBytes_AS_STRING(catalog_offset), PyBytes_GET_SIZE(catalog_offset))
-            out = _put(out, PyBytes_AS_STRING(constant), PyBytes_GET_SIZE(constant))
-            out = _put(out, <const char*>quantity_out, quantity_size)
-            out = _put(out, PyBytes_AS_STRING(before_bytes), PyBytes_GET_SIZE(before_bytes))
-            out = _put(out, <const char*>after_out, after_size)
-            out = _put(out, <const char*>amount_out, amount_size)
-            out[0] = 1 if appended_ms * 1000 >= period_end_us else 0
-            made.append((account, row))
-        if not plain:
+                    running.moved, running.totals, running.quantity_of = moved, totals, quantity_of
+                plain = _rate_by_rule(priced, event, quantity, running, step_type, fits, &row, rows)
+            else:
+                plain = False
+            if not plain:
+                break
+        if not plain or PyList_GET_SIZE(rows) == rows_before:
+            # All charges or none: the Python way begins anew.
+            del rows[rows_before:]
             return index
         for change in moved:
             PyDict_SetItem(totals, change[0], change[1])
-        rows.extend(made)
+        moved.clear()
         events.append(event)
     return count
 
@@ -637,40 +765,71 @@ cdef inline char* _put(char* out, const char* data, Py_ssize_t size) noexcept no
     return out + size
 
 
-def sequence_blocks(list arrived, int64_t block_size):
-    """Bit maps of the sequence numbers that arrived, as ``batch._sequence_blocks`` makes them."""
-    cdef dict blocks = {}
-    cdef bytes source, last_source = None
-    cdef bytearray bits = None
-    cdef int64_t sequence, block, last_block = -1
-    cdef PyObject* found
-    cdef char* data = NULL
-    cdef tuple one
-    for one in arrived:
-        source = <bytes>PyTuple_GET_ITEM(one, 0)
-        sequence = <object>PyTuple_GET_ITEM(one, 1)
+cdef class Arrivals:
+    """As ``arrivals.Arrivals``."""
+
+    cdef dict blocks_of
+    cdef int64_t block_size, last_block
+    cdef bytes last_source
+    cdef char* last_bits
+
+    def __init__(self, int64_t block_size):
+        self.blocks_of, self.block_size, self.last_block = {}, block_size, -1
+
+    cdef void note(self, bytes source, int64_t sequence):
+        cdef int64_t block = sequence // self.block_size
+        cdef PyObject* found
+        cdef bytearray bits
         if sequence <= 0:
-            continue
-        block = sequence // block_size
-        if block != last_block or last_source is None or source != last_source:
+            return
+        if block != self.last_block or self.last_source is None or source != self.last_source:
             name = (source, block)
-            found = PyDict_GetItem(blocks, name)
+            found = PyDict_GetItem(self.blocks_of, name)
             if found is NULL:
-                bits = bytearray((block_size + 7) // 8)
-                PyDict_SetItem(blocks, name, bits)
+                bits = bytearray((self.block_size + 7) // 8)
+                PyDict_SetItem(self.blocks_of, name, bits)
             else:
                 bits = <bytearray>found
-            data = PyByteArray_AS_STRING(bits)
-            last_block, last_source = block, source
-        sequence -= block * block_size
-        data[sequence >> 3] |= <char>(1 << (sequence & 7))
-    return {name: int.from_bytes(bits, "little") for name, bits in blocks.items()}
+            self.last_block, self.last_source, self.last_bits = block, source, PyByteArray_AS_STRING(bits)
+        sequence -= block * self.block_size
+        self.last_bits[sequence >> 3] |= <char>(1 << (sequence & 7))
+
+    def add(self, bytes source, int64_t sequence):
+        self.note(source, sequence)
+
+    def blocks(self):
+        return {name: int.from_bytes(bits, "little") for name, bits in self.blocks_of.items()}
 
 
 def identities(list events):
-    """The identity of each event."""
-    cdef Py_ssize_t index
-    return [<object>PyTuple_GET_ITEM(<tuple>PyList_GET_ITEM(events, index), 1) for index in range(PyList_GET_SIZE(events))]
+    """The identity of each event, one behind the other."""
+    cdef Py_ssize_t index, count = PyList_GET_SIZE(events)
+    cdef bytes block = PyBytes_FromStringAndSize(NULL, count * IDENTITY_BYTES)
+    cdef char* out = PyBytes_AS_STRING(block)
+    for index in range(count):
+        out = _put_identity(out, <object>PyList_GET_ITEM(events, index))
+    return block
+
+
+def entries(list events):
+    """Identity and payload of each event, one behind the other."""
+    cdef Py_ssize_t index, count = PyList_GET_SIZE(events)
+    cdef bytes block = PyBytes_FromStringAndSize(NULL, count * (IDENTITY_BYTES + PAYLOAD_BYTES))
+    cdef char* out = PyBytes_AS_STRING(block)
+    for index in range(count):
+        event = <object>PyList_GET_ITEM(events, index)
+        out = _put_identity(out, event)
+        if type(event) is PlainEvent:
+            out = _put(out, <const char*>(<PlainEvent>event).payload_bytes, PAYLOAD_BYTES)
+        else:
+            out = _put(out, PyBytes_AS_STRING(event.payload), PAYLOAD_BYTES)
+    return block
+
+
+cdef inline char* _put_identity(char* out, object event) except NULL:
+    if type(event) is PlainEvent:
+        return _put(out, <const char*>(<PlainEvent>event).identity_bytes, IDENTITY_BYTES)
+    return _put(out, PyBytes_AS_STRING(event.identity), IDENTITY_BYTES)
 
 
 def latest_us(list events):
@@ -678,31 +837,128 @@ def latest_us(list events):
     cdef Py_ssize_t index
     cdef int64_t at_us, latest = INT64_MIN
     for index in range(PyList_GET_SIZE(events)):
-        at_us = <object>PyTuple_GET_ITEM(<tuple>PyList_GET_ITEM(events, index), 6)
+        event = <object>PyList_GET_ITEM(events, index)
+        at_us = (<PlainEvent>event).timestamp_us if type(event) is PlainEvent else event.timestamp_us
         if at_us > latest:
             latest = at_us
     return latest
 
 
-def remember(dict seen, list events):
-    """Put each event's identity and payload into ``seen``."""
+def latest_arrival_ms(list events):
+    """The latest append time of any of the events; 0 without events."""
     cdef Py_ssize_t index
-    cdef tuple event
+    cdef int64_t at_ms, latest = 0
     for index in range(PyList_GET_SIZE(events)):
-        event = <tuple>PyList_GET_ITEM(events, index)
-        PyDict_SetItem(seen, <object>PyTuple_GET_ITEM(event, 1), <object>PyTuple_GET_ITEM(event, 2))
+        event = <object>PyList_GET_ITEM(events, index)
+        at_ms = (<PlainEvent>event).appended_ms if type(event) is PlainEvent else event.record.timestamp
+        if at_ms > latest:
+            latest = at_ms
+    return latest
 
 
-def seen_block(list events, int64_t rated_ms):
-    """Identity and payload of each event, one behind the other; None if one arrived after ``rated_ms``."""
-    cdef Py_ssize_t index, count = PyList_GET_SIZE(events)
-    cdef tuple event
-    cdef bytes block = PyBytes_FromStringAndSize(NULL, count * (IDENTITY_BYTES + PAYLOAD_BYTES))
-    cdef char* out = PyBytes_AS_STRING(block)
-    for index in range(count):
-        event = <tuple>PyList_GET_ITEM(events, index)
-        if <int64_t>(<object>PyTuple_GET_ITEM(event, 0)).timestamp > rated_ms:
-            return None
-        out = _put(out, PyBytes_AS_STRING(<object>PyTuple_GET_ITEM(event, 1)), IDENTITY_BYTES)
-        out = _put(out, PyBytes_AS_STRING(<object>PyTuple_GET_ITEM(event, 2)), PAYLOAD_BYTES)
-    return block
+cdef struct Seen:
+    uint64_t head
+    uint64_t low
+    uint64_t payload
+
+
+cdef class Recent:
+    """As ``recent.Recent``: a table of rows without an object for each, half empty at least."""
+
+    cdef Seen* rows_at
+    cdef uint8_t* used
+    cdef Py_ssize_t size, slots
+    cdef int bits
+    #: Secret, so that nobody can choose keys that all go to one place.
+    cdef uint64_t factor
+
+    def __cinit__(self):
+        self.factor = int.from_bytes(os.urandom(8), "little") | 1
+        self._room(10)
+
+    def __dealloc__(self):
+        free(self.rows_at)
+        free(self.used)
+
+    def __len__(self):
+        return self.size
+
+    cdef int _room(self, int bits) except -1:
+        cdef Seen* old_rows = self.rows_at
+        cdef uint8_t* old_used = self.used
+        cdef Py_ssize_t i, at, old_slots = self.slots
+        cdef Seen* new_rows = <Seen*>calloc(<size_t>1 << bits, sizeof(Seen))
+        cdef uint8_t* new_used = <uint8_t*>calloc(<size_t>1 << bits, 1)
+        if new_rows is NULL or new_used is NULL:
+            free(new_rows)
+            free(new_used)
+            raise MemoryError
+        self.rows_at, self.used, self.bits, self.slots = new_rows, new_used, bits, <Py_ssize_t>1 << bits
+        for i in range(old_slots):
+            if old_used[i]:
+                at = self._find(old_rows[i].head, old_rows[i].low)
+                self.rows_at[at], self.used[at] = old_rows[i], 1
+        free(old_rows)
+        free(old_used)
+        return 0
+
+    cdef inline Py_ssize_t _find(self, uint64_t head, uint64_t low) noexcept nogil:
+        """The slot where a key stands, or would."""
+        cdef Py_ssize_t at = <Py_ssize_t>((head * self.factor) >> (64 - self.bits))
+        while self.used[at] and (self.rows_at[at].head != head or self.rows_at[at].low != low):
+            at = (at + 1) & (self.slots - 1)
+        return at
+
+    def add(self, bytes entries):
+        cdef Py_ssize_t i, at, count = PyBytes_GET_SIZE(entries) // sizeof(Seen)
+        cdef const char* data = PyBytes_AS_STRING(entries)
+        cdef Seen row
+        while 2 * (self.size + count) > self.slots:
+            self._room(self.bits + 1)
+        for i in range(count):
+            memcpy(&row, data + i * sizeof(Seen), sizeof(Seen))
+            at = self._find(row.head, row.low)
+            self.size += not self.used[at]
+            self.rows_at[at], self.used[at] = row, 1
+
+    def find(self, bytes identities):
+        cdef Py_ssize_t i, at, count = PyBytes_GET_SIZE(identities) // IDENTITY_BYTES
+        cdef const char* data = PyBytes_AS_STRING(identities)
+        cdef uint64_t[2] key
+        cdef list found = None
+        for i in range(count):
+            memcpy(key, data + i * IDENTITY_BYTES, IDENTITY_BYTES)
+            at = self._find(key[0], key[1])
+            if self.used[at]:
+                if found is None:
+                    found = [None] * count
+                found[i] = PyBytes_FromStringAndSize(<const char*>&self.rows_at[at].payload, PAYLOAD_BYTES)
+        return found
+
+    def entries(self):
+        cdef Py_ssize_t i
+        cdef bytes block = PyBytes_FromStringAndSize(NULL, self.size * sizeof(Seen))
+        cdef char* out = PyBytes_AS_STRING(block)
+        for i in range(self.slots):
+            if self.used[i]:
+                out = _put(out, <const char*>&self.rows_at[i], sizeof(Seen))
+        return block
+
+
+def has_repeats(bytes identities):
+    """Does one of the identities stand twice?"""
+    cdef Py_ssize_t i, at, count = PyBytes_GET_SIZE(identities) // IDENTITY_BYTES
+    cdef const char* data = PyBytes_AS_STRING(identities)
+    cdef uint64_t[2] key
+    cdef Seen row
+    cdef Recent met = Recent()
+    while 2 * count > met.slots:
+        met._room(met.bits + 1)
+    for i in range(count):
+        memcpy(key, data + i * IDENTITY_BYTES, IDENTITY_BYTES)
+        at = met._find(key[0], key[1])
+        if met.used[at]:
+            return True
+        row.head, row.low, row.payload = key[0], key[1], 0
+        met.rows_at[at], met.used[at] = row, 1
+    return False

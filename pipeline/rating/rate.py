@@ -10,7 +10,7 @@ from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import Event, ParkedRecord, Refused
 from pipeline.infra.wire import FRAME_BYTES, decimal, zigzag
 from pipeline.rating import compiled
-from pipeline.rating.enrich import Priced, Pricing, RatingTerms, Ruled, Split
+from pipeline.rating.enrich import Enriched, Priced, Pricing, RatingTerms, Ruled, Split
 from pipeline.rating.rules import BEYOND_LAST_TIER, Step
 
 #: decimal(38, …) of the rated row: one digit more does not fit.
@@ -40,9 +40,7 @@ class RowContext(NamedTuple):
     catalog_offset: bytes  #: encoded
 
 
-def rate(
-    known: list[tuple[Event, RatingTerms]], totals: dict[bytes, int], state: Quantities, context: RowContext
-) -> Rated:
+def rate(enriched: Enriched, totals: dict[bytes, int], state: Quantities, context: RowContext) -> Rated:
     """Price events in order. ``totals`` (the batch's running quantities) moves on, ``state`` is only read.
 
     ``fastpath`` takes what is plain where it was compiled; what it leaves is priced here, event by event.
@@ -65,17 +63,18 @@ def rate(
             now = running(counter)
         return state.quantity(counter) if now is None else now
 
+    known, terms_of, _ = enriched
     at, end = 0, len(known)
     while True:
         if fastpath is not None:
             at = fastpath.rate_plain(
-                known, at, totals, state.quantity, frames, origin, catalog_offset, FITS, _KINDS, rows, events
+                known, terms_of, at, totals, state.quantity, frames, origin, catalog_offset, FITS, _KINDS, rows, events
             )
         if at == end:
             break
-        event, terms = known[at]
+        event, terms = known[at], terms_of[at]
         at += 1
-        record, identity, _, _, account, _, _, properties = event
+        record, account, properties = event.record, event.account, event.properties
         measured = _measured(event, terms)
         rejection: Rejection | None = None
         if isinstance(measured, Rejection):
@@ -134,7 +133,7 @@ def rate(
                         came,
                         zigzag(record.offset),
                         last_ms_bytes,
-                        identity,
+                        event.identity,
                         catalog_offset,
                     )
                 )
@@ -152,8 +151,8 @@ def rate(
     return Rated(rows, events, refused)
 
 
-#: What the fast path tells apart: counters it prices, charges whose cells it looks for, and what a rule did.
-_KINDS = (Priced, Split, Step)
+#: What the fast path tells apart: charges whose cells it looks for, counters that go by a rule, and what that did.
+_KINDS = (Split, Ruled, Step)
 
 
 def _measured(event: Event, terms: RatingTerms) -> list[tuple[Priced | Ruled, int]] | Rejection:

@@ -53,8 +53,9 @@ class Described(NamedTuple):
 class Probe:
     """Keys to look for, made ready once for all segments."""
 
-    def __init__(self, keys: Sequence[bytes]) -> None:
-        halves = np.frombuffer(b"".join(keys), "<u8")
+    def __init__(self, keys: bytes) -> None:
+        """``keys`` stand one behind the other."""
+        halves = np.frombuffer(keys, "<u8")
         self.heads: _Words = np.ascontiguousarray(halves[0::2])
         self.lows: _Words = halves[1::2]
         self.bits = _bits(self.heads)

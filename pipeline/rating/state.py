@@ -29,9 +29,10 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from pipeline.infra.logs import get_logger
-from pipeline.infra.wire import PAYLOAD_BYTES
+from pipeline.infra.wire import IDENTITY_BYTES, PAYLOAD_BYTES
 from pipeline.rating.batch import StateFailed
 from pipeline.rating.manifest import SEEN_ROW_BYTES, Change, Listed, Log, Manifest, Positions, log_name, replay
+from pipeline.rating.recent import Recent, new_recent
 from pipeline.rating.segments import KEY_BYTES, Damaged, Described, Probe, Segment, build, merge, verify
 from pipeline.rating.snapshot import Snapshots
 
@@ -148,7 +149,7 @@ class PartitionState:
         self._number = manifest.last_number
         self._positions = manifest.positions
         # Rows not in segments yet: identity → payload by span, counter hash → quantity.
-        self._recent: dict[int, dict[bytes, bytes]] = {}
+        self._recent: dict[int, Recent] = {}
         self._moved: dict[bytes, bytes] = {}
         # Running quantities by counter: those used since the halves last changed places, and those before.
         self._young: dict[bytes, int] = {}
@@ -191,9 +192,12 @@ class PartitionState:
             segment.rows for span, segments in self._segments.items() if span != _COUNTERS for segment in segments
         )
 
-    def known(self, identities: Sequence[bytes]) -> Sequence[bytes | None]:
-        """Payload each identity was rated with, None for those never rated. Raises StateFailed."""
-        found: list[bytes | None] = [None] * len(identities)
+    def known(self, identities: bytes) -> Sequence[bytes | None]:
+        """Payload each identity was rated with, None for those never rated. Raises StateFailed.
+
+        The identities stand one behind the other.
+        """
+        found: list[bytes | None] = [None] * (len(identities) // IDENTITY_BYTES)
         if not identities:
             return found
         with self._disk():
@@ -205,8 +209,8 @@ class PartitionState:
                         for number, payload in zip(numbers.tolist(), payloads, strict=True):
                             found[number] = payload
         for _, recent in sorted(self._recent.items()):
-            newer = list(map(recent.get, identities))
-            if any(newer):
+            newer = recent.find(identities)
+            if newer is not None:
                 found = [new or old for new, old in zip(newer, found, strict=True)]
         return found
 
@@ -288,16 +292,17 @@ class PartitionState:
     def _remember(self, change: Change) -> None:
         """Keep a change in memory."""
         for day, packed in change.seen.items():
-            recent = self._recent.setdefault(day // SPAN_DAYS, {})
-            recent.update(_rows(packed, SEEN_ROW_BYTES))
+            span = day // SPAN_DAYS
+            recent = self._recent.get(span)
+            if recent is None:
+                recent = self._recent[span] = new_recent()
+            recent.add(packed)
         self._moved.update(_rows(change.totals, KEY_BYTES + _QUANTITY_BYTES))
         self._positions = change.positions
 
     def _flush(self, more: Mapping[int, bytes] | None = None) -> None:
         """Make segments of what is in memory, and of ``more`` rows by expiry day; begin a new log."""
-        packed: dict[int, list[bytes]] = {
-            span: list(itertools.chain.from_iterable(recent.items())) for span, recent in self._recent.items()
-        }
+        packed: dict[int, list[bytes]] = {span: [recent.entries()] for span, recent in self._recent.items()}
         for day, block in (more or {}).items():
             packed.setdefault(day // SPAN_DAYS, []).append(block)
         if self._moved:

@@ -7,6 +7,7 @@ import pytest
 from pipeline.core.reasons import Reason, Stage
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
 from pipeline.rating.accept import Accepted, accept
+from pipeline.rating.arrivals import Arrivals, new_arrivals
 from tests.rating.world import (
     DAY_US,
     EVENT_FRAME,
@@ -25,9 +26,15 @@ from tests.rating.world import (
 MINUTE_US = 60_000_000
 
 
-def judged(*records: Message, own_only: bool = False) -> Accepted:
+def judged(*records: Message, own_only: bool = False, arrivals: Arrivals | None = None) -> Accepted:
     return accept(
-        list(records), partition=HOME, partitions=PARTITIONS, frames=SHAPE.frames, now_ms=NOW_MS, own_only=own_only
+        list(records),
+        partition=HOME,
+        partitions=PARTITIONS,
+        frames=SHAPE.frames,
+        now_ms=NOW_MS,
+        arrivals=arrivals or new_arrivals(),
+        own_only=own_only,
     )
 
 
@@ -124,15 +131,16 @@ REFUSED: dict[str, tuple[Message, Reason, str]] = {
 
 @pytest.mark.parametrize("record", PASSES.values(), ids=PASSES.keys())
 def test_passes(record: Message) -> None:
-    events, refused, arrived = judged(record)
+    arrivals = new_arrivals()
+    events, refused = judged(record, arrivals=arrivals)
     assert [event.record for event in events] == [record]
     assert refused == []
-    assert len(arrived) == 1
+    assert len(arrivals.blocks()) == (record is not PASSES["sequence 0: unknown"])
 
 
 @pytest.mark.parametrize(("record", "reason", "says"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(record: Message, reason: Reason, says: str) -> None:
-    events, refused, _ = judged(record)
+    events, refused = judged(record)
     assert events == []
     (one,) = refused
     assert one.record == record
@@ -153,7 +161,9 @@ def test_a_refused_event_keeps_what_could_be_read_of_it() -> None:
 def test_a_refused_event_did_arrive() -> None:
     """Its sequence number is no hole: it is in the dead letters."""
     records = [message(usage(key="", sequence=3), 0), message(usage(sequence=4), 1), message(b"junk", 2)]
-    assert judged(*records).arrived == [(b"svc", 3), (b"svc", 4)]
+    arrivals = new_arrivals()
+    judged(*records, arrivals=arrivals)
+    assert arrivals.blocks() == {(b"svc", 0): 1 << 3 | 1 << 4}
 
 
 def test_age_is_judged_by_the_brokers_append_time() -> None:
@@ -171,6 +181,12 @@ def test_a_parked_record_need_not_carry_its_account_as_key() -> None:
 def test_a_parked_event_ahead_of_its_prices_waits_for_the_workers_clock() -> None:
     """Its arrival stays early for good; the time until a price for it can no longer be published does not."""
     early = message(usage(timestamp=NOW_US + 2 * MINUTE_US), timestamp=NOW_MS)
-    later = {"partition": HOME, "partitions": PARTITIONS, "frames": SHAPE.frames, "own_only": True}
+    later = {
+        "partition": HOME,
+        "partitions": PARTITIONS,
+        "frames": SHAPE.frames,
+        "arrivals": new_arrivals(),
+        "own_only": True,
+    }
     assert accept([early], now_ms=NOW_MS + 89_999, **later).refused
     assert accept([early], now_ms=NOW_MS + 90_000, **later).events

@@ -1,11 +1,10 @@
 """The second stage, and how ``process`` treats one identity that stands several times in a batch."""
 
-from collections.abc import Sequence
-
 from pipeline.core.catalog import Catalog
 from pipeline.core.reasons import Reason
 from pipeline.core.usage import Event
 from pipeline.infra.topics import partition_of
+from pipeline.infra.wire import IDENTITY_BYTES
 from pipeline.rating.enrich import TermsView
 from tests.rating.world import (
     HOME,
@@ -98,8 +97,8 @@ def test_an_unratable_event_sent_thousands_of_times_costs_no_square() -> None:
     asked: list[int] = []
 
     class Counting(Memory):
-        def known(self, identities: Sequence[bytes]) -> list[bytes | None]:
-            asked.append(len(identities))
+        def known(self, identities: bytes) -> list[bytes | None]:
+            asked.append(len(identities) // IDENTITY_BYTES)
             return super().known(identities)
 
     outcome = run([message(bad, i) for i in range(5000)], state=Counting())

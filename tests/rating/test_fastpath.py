@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from pipeline.core.charges import Cell, Charge, Tier
 from pipeline.core.meters import Filter
 from pipeline.core.plans import Pool
-from pipeline.core.usage import Event
+from pipeline.core.usage import DecodedEvent, Event
+from pipeline.infra.wire import IDENTITY_BYTES, PAYLOAD_BYTES
 from pipeline.rating import compiled, rate
 from pipeline.rating.batch import Outcome
 from pipeline.rating.enrich import RatingTerms, Split, TermsView
+from pipeline.rating.recent import new_recent
 from tests.rating.world import (
     DAY_US,
     NOW_US,
@@ -158,6 +160,52 @@ def test_both_ways_give_the_same(items: tuple[Any, ...], written: list[bytes], b
     state = Memory(totals={priced.counter: before for priced in found.priced if not isinstance(priced, Split)})
     fast, python = both(records, terms, state)
     assert fast == python
+
+
+def joined(identities: list[int]) -> bytes:
+    return b"".join(number.to_bytes(IDENTITY_BYTES, "big") for number in identities)
+
+
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(0, 40), st.binary(min_size=8, max_size=8)), max_size=1500), max_size=4
+    ),
+    asked=st.lists(st.integers(0, 60), max_size=20),
+)
+def test_recent_rows_are_found_as_in_a_dictionary(batches: list[list[tuple[int, bytes]]], asked: list[int]) -> None:
+    """Of one identity the last row counts, also after the table has grown."""
+    kept: dict[int, bytes] = {}
+    recent = new_recent()
+    for number, batch in enumerate(batches):
+        rows = [(identity + 1000 * number, payload) for identity, payload in batch] + batch
+        recent.add(b"".join(joined([identity]) + payload for identity, payload in rows))
+        kept |= dict(rows)
+    found = recent.find(joined(asked))
+    assert (found or [None] * len(asked)) == [kept.get(identity) for identity in asked]
+    assert len(recent) == len(kept)
+    entries = recent.entries()
+    size = IDENTITY_BYTES + PAYLOAD_BYTES
+    assert sorted(entries[at : at + size] for at in range(0, len(entries), size)) == sorted(
+        joined([identity]) + payload for identity, payload in kept.items()
+    )
+
+
+def test_an_event_kept_as_it_came_is_told_from_another() -> None:
+    """What it says of itself, as a tuple does: equal to itself decoded, and to no other."""
+    (event,) = run([message(usage("k1"))]).rated
+    (other,) = run([message(usage("k2"))]).rated
+    decoded = DecodedEvent(
+        event.record,
+        event.identity,
+        event.payload,
+        event.key,
+        event.account,
+        event.event_type,
+        event.timestamp_us,
+        event.properties,
+    )
+    assert event == decoded and decoded == event
+    assert event != other and decoded != other
 
 
 def test_once_its_cells_are_met_an_event_is_priced_without_the_python_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ class Model:
         known = [self.seen[key][1] if key in self.seen else None for key in keys]
         return (
             there.positions == self.positions
-            and list(there.known(keys)) == known
+            and list(there.known(b"".join(keys))) == known
             and [there.quantity(counter) for counter in COUNTERS] == [self.totals.get(counter) for counter in COUNTERS]
         )
 

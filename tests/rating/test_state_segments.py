@@ -54,7 +54,7 @@ def merged(inputs: list[Segment], path: Path) -> Segment:
 
 
 def found(segment: Segment, keys: list[bytes]) -> dict[bytes, bytes]:
-    numbers, values = segment.find(Probe(keys))
+    numbers, values = segment.find(Probe(b"".join(keys)))
     return {keys[number]: value for number, value in zip(numbers.tolist(), values, strict=True)}
 
 
@@ -93,10 +93,10 @@ def test_random_keys_all_found_and_few_others_looked_for(tmp_path: Path) -> None
     described = build(tmp_path / "one", packed, 8)
     segment = Segment(tmp_path, described)
     keys = [packed[at : at + 16] for at in range(0, len(packed), 24)]
-    numbers, values = segment.find(Probe(keys))
+    numbers, values = segment.find(Probe(b"".join(keys)))
     assert numbers.tolist() == list(range(100_000))
     assert b"".join(values[:9]) == b"".join(packed[at + 16 : at + 24] for at in range(0, 9 * 24, 24))
-    others = Probe([dice.bytes(16) for _ in range(20_000)])
+    others = Probe(dice.bytes(16 * 20_000))
     words = segment.filter[((others.tops * np.uint64(len(segment.filter))) >> np.uint64(32)).astype(np.intp)]
     assert np.count_nonzero((words & others.bits) == others.bits) < 200
     assert segment.find(others)[0].size == 0

@@ -91,7 +91,7 @@ def test_a_lost_disk_begins_with_the_copy_and_goes_on_from_there(world: World) -
     world.with_copy()
     state = world.open()
     assert state.positions == Positions(3, 4)
-    assert list(state.known([identity(n) for n in range(1500)])) == [*payloads(range(1000)), *[None] * 500]
+    assert list(state.known(b"".join([identity(n) for n in range(1500)]))) == [*payloads(range(1000)), *[None] * 500]
     assert [state.quantity(counter) for counter in (b"a", b"b", b"c")] == [5, -(10**30), None]
     state.apply({DAY: entries(range(1000, 1500))}, {b"a": 6}, Positions(7, 8))
     state.close()
@@ -127,7 +127,7 @@ def test_a_damaged_copy_is_passed_over(world: World, damage: Callable[[Path], No
     manifest = world.with_copy()
     damage(world.volume / (which if isinstance(which, str) else manifest.segments[which].segment.name))
     state = world.open()
-    assert (state.positions, state.quantity(b"a"), *state.known([identity(1)])) == (None, None, None)
+    assert (state.positions, state.quantity(b"a"), *state.known(identity(1))) == (None, None, None)
     # And it becomes a good one, although its files have the names and sizes they should have.
     state.apply({DAY: entries(range(1000))}, {b"a": 5, b"b": -(10**30)}, Positions(4, 4))
     assert world.copied(Positions(4, 4)).segments == manifest.segments
@@ -141,7 +141,7 @@ def test_a_damaged_copy_is_passed_over(world: World, damage: Callable[[Path], No
 def test_a_copy_of_other_topics_is_passed_over_and_replaced(world: World) -> None:
     world.with_copy()
     state = world.open(events="t2")
-    assert (state.positions, *state.known([identity(1)])) == (None, None)
+    assert (state.positions, *state.known(identity(1))) == (None, None)
     state.apply({DAY: entries(range(5))}, {}, Positions(1, 1))
     assert world.copied(Positions(1, 1)).stamp == STAMP | {"events": "t2"}
     state.close()
@@ -152,7 +152,7 @@ def test_a_state_that_has_to_be_restored_from_the_beginning_does_not_begin_with_
     world.with_copy()
     state = world.open()
     state.reset()
-    assert (state.positions, *state.known([identity(1)])) == (None, None)
+    assert (state.positions, *state.known(identity(1))) == (None, None)
     state.close()
 
 
@@ -289,7 +289,7 @@ def test_taking_a_partition_without_its_disk_is_exact(settings: Settings, world:
     state = world.open()
     assert _take(settings, state)[-2:] == ((100, 2) if copy == "good" else (30_100, 4))
     numbers = [*range(30_101), *ABORTED]
-    assert list(state.known([identity(n) for n in numbers])) == [
+    assert list(state.known(b"".join([identity(n) for n in numbers]))) == [
         n.to_bytes(8, "big") if n < 30_100 else None for n in numbers
     ]
     assert [state.quantity(counter) for counter in (b"a", b"b", b"c", b"d")] == [1, 3, 4, None]

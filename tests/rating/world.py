@@ -28,6 +28,7 @@ from pipeline.infra.topics import partition_of
 from pipeline.rating import compiled
 from pipeline.rating.batch import Batch, Outcome, Shape, Source, process
 from pipeline.rating.enrich import TermsView
+from pipeline.rating.recent import each_identity
 
 SCHEMAS = load_schemas()
 PARTITIONS = 4
@@ -214,8 +215,8 @@ class Memory:
     seen: dict[bytes, bytes] = field(default_factory=dict)
     totals: dict[bytes, int] = field(default_factory=dict)
 
-    def known(self, identities: Sequence[bytes]) -> list[bytes | None]:
-        return [self.seen.get(identity) for identity in identities]
+    def known(self, identities: bytes) -> list[bytes | None]:
+        return [self.seen.get(identity) for identity in each_identity(identities)]
 
     def quantity(self, counter: bytes) -> int | None:
         return self.totals.get(counter)

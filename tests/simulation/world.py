@@ -37,6 +37,7 @@ from pipeline.rating.commit import Membership, StateUnknown
 from pipeline.rating.enrich import TermsView
 from pipeline.rating.faust_batches import TP, Fetched
 from pipeline.rating.partition import PartitionListener, PartitionRater, RaterConfig
+from pipeline.rating.recent import each_identity
 from pipeline.rating.state import Positions
 from pipeline.rating.take import UsageLost
 from tests.rating.world import (
@@ -107,9 +108,9 @@ class DiskState:
     def positions(self) -> Positions | None:
         return self._disk.states[-1][0]
 
-    def known(self, identities: Iterable[bytes]) -> list[bytes | None]:
+    def known(self, identities: bytes) -> list[bytes | None]:
         seen = self._disk.states[-1][1]
-        return [seen.get(identity) for identity in identities]
+        return [seen.get(identity) for identity in each_identity(identities)]
 
     def quantity(self, counter: bytes) -> int | None:
         return self._disk.states[-1][2].get(counter)
