@@ -35,6 +35,7 @@ from pipeline.rating.batch import Batch, Outcome, Shape, Source
 from pipeline.rating.catalog_feed import CatalogFeed
 from pipeline.rating.commit import STUCK_S, Membership
 from pipeline.rating.faust_batches import BatchTransport, Fetched, batch_consumer, co_owned
+from pipeline.rating.pace import interval_s
 from pipeline.rating.partition import PartitionListener, PartitionRater, RaterConfig
 from pipeline.rating.watchdog import Watchdog
 
@@ -167,8 +168,11 @@ class Rater(PartitionListener):
         await self._release(self._owners)
         membership = Membership(self._config.group, generation, member)
         log.info("partitions_assigned", partitions=partitions, generation=generation)
+        interval = interval_s(len(partitions), self._settings.transactions_per_second)
         for partition in partitions:
-            owner = PartitionRater(partition, membership, self._config, self._feed, self, on_step=self._on_step)
+            owner = PartitionRater(
+                partition, membership, self._config, self._feed, self, interval_s=interval, on_step=self._on_step
+            )
             self._owners[partition] = owner
             owner.start()
 

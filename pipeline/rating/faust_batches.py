@@ -27,8 +27,10 @@ from faust.types import TP, ConsumerMessage
 
 from pipeline.core.usage import Record
 
-#: How long the broker may hold back a fetch that has nothing to return; with data it answers at once.
-_FETCH_WAIT_MS = 500
+#: The broker holds a fetch back until so many bytes came, or for so long. Answered at once, each fetch brings a few
+#: records of a few partitions, and fetching is most of a worker's work: with 16 partitions and 12,300 events/s a worker
+#: took 53 % of a core, and takes 32 %. A worker without events takes 4 % instead of 2 %.
+_FETCH_BYTES_MIN, _FETCH_WAIT_MS = 64 * 1024, 25
 #: Kafka's number for it; ``check_topics`` insists that the topics have it.
 _APPEND_TIME = 1
 #: Pause of the fetch loop while every partition is full.
@@ -70,6 +72,7 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             max_poll_records=conf.broker_max_poll_records,
             max_poll_interval_ms=int(conf.broker_max_poll_interval * 1000),
             max_partition_fetch_bytes=conf.consumer_max_fetch_size,
+            fetch_min_bytes=_FETCH_BYTES_MIN,
             fetch_max_wait_ms=_FETCH_WAIT_MS,
             request_timeout_ms=int(conf.broker_request_timeout * 1000),
             check_crcs=conf.broker_check_crcs,

@@ -42,6 +42,11 @@ class Inbox:
         return bool(self._lists)
 
     @property
+    def records(self) -> int:
+        """How many wait."""
+        return self._records
+
+    @property
     def full(self) -> bool:
         """Is there enough to stop fetching?"""
         return self._records >= self._full_at

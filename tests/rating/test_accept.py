@@ -26,13 +26,15 @@ from tests.rating.world import (
 MINUTE_US = 60_000_000
 
 
-def judged(*records: Message, own_only: bool = False, arrivals: Arrivals | None = None) -> Accepted:
+def judged(
+    *records: Message, own_only: bool = False, arrivals: Arrivals | None = None, now_ms: int = NOW_MS
+) -> Accepted:
     return accept(
         list(records),
         partition=HOME,
         partitions=PARTITIONS,
         frames=SHAPE.frames,
-        now_ms=NOW_MS,
+        now_ms=now_ms,
         arrivals=arrivals or new_arrivals(),
         own_only=own_only,
     )
@@ -190,3 +192,17 @@ def test_a_parked_event_ahead_of_its_prices_waits_for_the_workers_clock() -> Non
     }
     assert accept([early], now_ms=NOW_MS + 89_999, **later).refused
     assert accept([early], now_ms=NOW_MS + 90_000, **later).events
+
+
+def test_an_arrival_time_no_clock_has_is_not_taken_for_now() -> None:
+    """In 64 bits of microseconds, 2**61 ms from now is now again: an event that old must not be billed."""
+    assert [one.rejection.reason for one in judged(message(usage(), timestamp=NOW_MS + 2**61)).refused] == [
+        Reason.TOO_OLD
+    ]
+
+
+@pytest.mark.parametrize(("behind_s", "early"), [(0, False), (30, False), (31, True)])
+def test_a_retried_event_is_early_by_the_workers_clock_even_if_it_arrived_on_time(behind_s: int, early: bool) -> None:
+    """A worker whose clock is behind the broker's may not have read the prices of that time yet."""
+    refused = judged(message(usage()), own_only=True, now_ms=NOW_MS - behind_s * 1000).refused
+    assert [one.rejection.reason for one in refused] == [Reason.AHEAD_OF_PRICES] * early
