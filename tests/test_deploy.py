@@ -1,13 +1,22 @@
 """The deployment's files cannot run here; what can be judged is judged: they parse, and name what exists."""
 
 import json
+import os
 import re
+import secrets
+import subprocess
 from pathlib import Path
 
+import psycopg
+import pytest
 import yaml
 from prometheus_client import REGISTRY
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.sql import SQL, Identifier
 
-from pipeline.infra import metrics
+from pipeline.infra import embedded, metrics
+from pipeline.infra.embedded import Endpoints
+from pipeline.infra.postgres import PROGRAM_ROLE, connect
 from pipeline.infra.settings import Settings
 
 _ROOT = Path(__file__).parent.parent
@@ -32,6 +41,36 @@ def test_compose_publishes_on_loopback_only() -> None:
         ports = service.get("ports", [])
         assert isinstance(ports, list)
         assert all(str(port).startswith("127.0.0.1:") for port in ports), f"{name} publishes {ports}"
+
+
+def test_workers_log_in_as_the_program_and_migrations_as_the_owner() -> None:
+    for name, service in _compose()["services"].items():
+        environment = service.get("environment")
+        assert environment is None or isinstance(environment, dict)
+        if dsn := (environment or {}).get("TALLY_POSTGRES_DSN"):
+            assert conninfo_to_dict(dsn)["user"] == ("postgres" if name == "init" else "tally"), name
+
+
+@pytest.mark.skipif(bool(embedded.missing_packages()), reason="needs psql of the embedded services")
+def test_the_login_of_the_program_is_made_as_written(services: Endpoints, template_database: str) -> None:
+    """Twice, as an upgrade does; with the second password it may what the program may."""
+    login, psql = f"tally_{secrets.token_hex(4)}", embedded.postgres_bin() / "psql"
+    dsn = make_conninfo(services.postgres_dsn, dbname=template_database)
+    try:
+        for password in ("first", "second's"):
+            command: list[str | Path] = [
+                psql,
+                dsn,
+                "--no-psqlrc",
+                f"--set=login={login}",
+                f"--file={_ROOT}/deploy/login.sql",
+            ]
+            subprocess.run(command, env={**os.environ, "PROGRAM_PASSWORD": password}, check=True, capture_output=True)
+        with connect(make_conninfo(dsn, user=login, password="second's"), application="test") as connection:
+            assert connection.execute("SELECT session_user, current_user").fetchone() == (login, PROGRAM_ROLE)
+    finally:
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute(SQL("DROP ROLE IF EXISTS {}").format(Identifier(login)))
 
 
 def test_dashboard_shows_metrics_that_exist() -> None:

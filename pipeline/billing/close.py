@@ -20,12 +20,16 @@ from psycopg import Connection
 
 from pipeline.billing import queue
 from pipeline.billing.alerts import update_now
-from pipeline.billing.close_chunk import Known, Payer, Reached, Step, close_tasks, ignore, preview_tasks, read_known
+from pipeline.billing.close_chunk import Reached, Step, close_tasks, ignore, preview_tasks
 from pipeline.billing.close_entries import LineMoved
+from pipeline.billing.close_known import Known, read_known
+from pipeline.billing.close_payers import Payer
 from pipeline.billing.gate import Estimator, Missing, check
 from pipeline.billing.invoicing_store import consolidating, mark
+from pipeline.billing.months import next_month
 from pipeline.billing.queue import Done, Outcome, Progress, Run, Task
 from pipeline.billing.rerate import Month
+from pipeline.billing.unbilled_voids import UnbilledVoid, unbilled_voids
 from pipeline.infra.logs import configure, get_logger
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
@@ -65,6 +69,28 @@ class NotClosable(Exception):
         self.missing = tuple(missing)
 
 
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How a month stands before a close of it: what the close decides by, and a dry run shows."""
+
+    #: Nobody is left to close; then the gate was not asked.
+    is_closed: bool
+    #: What the gate found.
+    missing: tuple[Missing, ...]
+    #: Documents of the month, and of months before it, that are void and billed nowhere since.
+    voided: tuple[UnbilledVoid, ...]
+    #: The run that has not finished, to go on with.
+    going_on: Run | None
+    #: Legal entities, customers, taxes and coupons are those applied until then.
+    invoicing_mark: datetime
+    #: Parents whose documents take in their children's lines.
+    consolidating: frozenset[str]
+
+    def is_held_up(self, why: str) -> bool:
+        """Whether the gate holds the close up, given the reason, if any, to close although something is missing."""
+        return bool(self.missing) and not (why.strip() and all(one.overridable for one in self.missing))
+
+
 class WorkersEnded(Exception):
     """Workers ended before the queue was empty; the next command goes on where they stopped."""
 
@@ -80,6 +106,8 @@ class Closed:
     outcomes: dict[Outcome, int]
     #: The first of those that failed, by name.
     failed: tuple[Done, ...]
+    #: As ``Readiness.voided``.
+    voided: tuple[UnbilledVoid, ...]
     seconds: float
 
 
@@ -103,36 +131,28 @@ def close_month(
     does not answer.
     """
     began = time.monotonic()
+
+    def nothing_left() -> Closed:
+        return Closed(None, False, Progress(0, 0, 0, 0), {}, (), ready.voided, time.monotonic() - began)
+
     with connect(settings.dsn, application="close", autocommit=True) as connection:
-        check_accounts(connection, accounts)
-        until = mark(connection)
-        parents = consolidating(connection, applied_until=until, on=_last_day(month))
-        going_on = queue.going_on(connection, str(month), accounts)
-        if going_on is None and queue.is_closed(connection, str(month), accounts, consolidating=parents):
-            return Closed(None, False, Progress(0, 0, 0, 0), {}, (), time.monotonic() - began)
-        missing = check(
-            connection,
-            settings,
-            month,
-            now=datetime.now(UTC),
-            payers=accounts or None,
-            estimator=estimator,
-            wait_s=wait_s,
-        )
-        if missing and (not why.strip() or not all(one.overridable for one in missing)):
-            raise NotClosable(missing)
+        ready = _look(connection, settings, month, accounts, estimator, wait_s)
+        if ready.is_closed:
+            return nothing_left()
+        if ready.is_held_up(why):
+            raise NotClosable(ready.missing)
         run = queue.begin(
             connection,
             str(month),
             accounts,
-            invoicing_mark=until,
-            consolidating=parents,
-            missing=[one.as_json() for one in missing],
+            invoicing_mark=ready.invoicing_mark,
+            consolidating=ready.consolidating,
+            missing=[one.as_json() for one in ready.missing],
             why=why,
             actor=actor,
         )
         if run is None:
-            return Closed(None, False, Progress(0, 0, 0, 0), {}, (), time.monotonic() - began)
+            return nothing_left()
         waiting = queue.progress(connection, run.id).waiting
         count = 1 if waiting < _WORTH_PROCESSES else workers or os.cpu_count() or 1
         work_off(settings, connection, run, actor=actor, workers=count, tell=tell)
@@ -141,18 +161,67 @@ def close_month(
         tell(found)
         return Closed(
             run,
-            going_on is not None,
+            ready.going_on is not None,
             found,
             queue.outcomes(connection, run.id),
             tuple(queue.failed(connection, run.id, _FAILED_MAX)),
+            ready.voided,
             time.monotonic() - began,
         )
 
 
-def preview(settings: Settings, month: Month, *, accounts: Sequence[str] = (), actor: str) -> Iterator[Payer]:
-    """What a close would issue now, payer by payer, those that would fail too. Changes nothing, and asks no gate.
+def readiness(
+    settings: Settings,
+    month: Month,
+    *,
+    accounts: Sequence[str] = (),
+    estimator: Estimator | None = None,
+    wait_s: float = 0.0,
+) -> Readiness:
+    """How a month, or these accounts of it, stand before a close: all it asks, the gate too. Changes nothing.
 
     Raises as ``close_month``.
+    """
+    with connect(settings.dsn, application="close", autocommit=True) as connection:
+        return _look(connection, settings, month, accounts, estimator, wait_s)
+
+
+def _look(
+    connection: "Connection[Any]",
+    settings: Settings,
+    month: Month,
+    accounts: Sequence[str],
+    estimator: Estimator | None,
+    wait_s: float,
+) -> Readiness:
+    check_accounts(connection, accounts)
+    until = mark(connection)
+    parents = frozenset(consolidating(connection, applied_until=until, on=_last_day(month)))
+    going_on = queue.going_on(connection, str(month), accounts)
+    is_closed = going_on is None and queue.is_closed(connection, str(month), accounts, consolidating=parents)
+    missing = (
+        []
+        if is_closed
+        else check(
+            connection,
+            settings,
+            month,
+            now=datetime.now(UTC),
+            payers=accounts or None,
+            estimator=estimator,
+            wait_s=wait_s,
+        )
+    )
+    voided = unbilled_voids(connection, until=month, accounts=accounts)
+    return Readiness(is_closed, tuple(missing), tuple(voided), going_on, until, parents)
+
+
+def preview(
+    settings: Settings, month: Month, *, accounts: Sequence[str] = (), actor: str, going_on: Run | None = None
+) -> Iterator[Payer]:
+    """What a close would issue now, payer by payer, those that would fail too. Changes nothing, and asks no gate.
+
+    ``going_on``: a run that has not finished; then by its prices. Raises as ``close_month``.
     """
     with connect(settings.dsn, application="close") as connection:
         check_accounts(connection, accounts)
@@ -161,10 +230,10 @@ def preview(settings: Settings, month: Month, *, accounts: Sequence[str] = (), a
         connection.rollback()
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
-        tasks = queue.planned(connection, str(month), accounts, consolidating=parents)
-        known = read_known(connection, _not_begun(connection, month, until, actor))
-        for first in range(0, len(tasks), PAYERS_AT_ONCE):
-            some = tasks[first : first + PAYERS_AT_ONCE]
+        known = read_known(connection, going_on or _not_begun(connection, month, until, actor))
+        for some in queue.planned_chunks(
+            connection, str(month), accounts, consolidating=parents, at_once=PAYERS_AT_ONCE
+        ):
             yield from preview_tasks(connection, known, some, now=datetime.now(UTC), actor=actor)
 
 
@@ -184,8 +253,7 @@ def check_accounts(connection: "Connection[Any]", accounts: Sequence[str]) -> No
 
 
 def _last_day(month: Month) -> date:
-    following = date(month.year + month.month // 12, month.month % 12 + 1, 1)
-    return following - timedelta(days=1)
+    return next_month(date(month.year, month.month, 1)) - timedelta(days=1)
 
 
 # Working off the queue ----------------------------------------------------------------------------------------------

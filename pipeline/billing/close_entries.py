@@ -4,7 +4,7 @@ An entry is written once and never changed. The line's running quantity and amou
 under the lock the sink takes: a line always holds the sum of its rows and entries.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -54,6 +54,8 @@ class StoredLine:
     back_dated: bool = False
     #: The newest close entry on it; None where there is none.
     last_entry: int | None = None
+    #: What close entries are of the amount: the rest is its rows'.
+    booked: Amount = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ SELECT line.id, invoice.state::text AS invoice_state, invoice.currency, invoice.
     EXISTS (
         SELECT FROM billing.close_entry AS entry WHERE entry.line_id = line.id AND 'back_dated' = ANY(entry.reasons)
     ) AS back_dated,
-    (SELECT max(entry.id) FROM billing.close_entry AS entry WHERE entry.line_id = line.id) AS last_entry
+    (SELECT max(entry.id) FROM billing.close_entry AS entry WHERE entry.line_id = line.id) AS last_entry,
+    (SELECT coalesce(sum(entry.amount), 0) FROM billing.close_entry AS entry WHERE entry.line_id = line.id) AS booked
 FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
 WHERE invoice.account = %s AND invoice.period_start = %s AND invoice.period_end = %s
 ORDER BY line.id
@@ -126,8 +129,9 @@ def read_lines(connection: "Connection[Any]", account: str, period: Period) -> l
         return [_stored_line(row) for row in cursor.execute(_SELECT_LINES, bounds)]
 
 
-def _stored_line(row: dict[str, Any]) -> StoredLine:
-    terms = Terms(
+def line_terms(row: Mapping[str, Any]) -> Terms:
+    """The terms of a container's line, as its row and its container's have them."""
+    return Terms(
         contract=row["contract"],
         plan=row["plan"],
         plan_version=row["plan_version"],
@@ -142,8 +146,13 @@ def _stored_line(row: dict[str, Any]) -> StoredLine:
         currency=row["currency"],
         price_class=row["price_class"],
     )
+
+
+def _stored_line(row: dict[str, Any]) -> StoredLine:
     quantity, amount = scaled(row["quantity"], QUANTITY_DECIMALS), scaled(row["amount"], AMOUNT_DECIMALS)
-    return StoredLine(row["id"], terms, row["invoice_state"], quantity, amount, row["back_dated"], row["last_entry"])
+    state, back_dated, last_entry = row["invoice_state"], row["back_dated"], row["last_entry"]
+    booked = scaled(row["booked"], AMOUNT_DECIMALS)
+    return StoredLine(row["id"], line_terms(row), state, quantity, amount, back_dated, last_entry, booked)
 
 
 def rebased(

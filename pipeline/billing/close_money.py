@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, time
-from decimal import Decimal
 from typing import Any, NamedTuple, Protocol
 from zoneinfo import ZoneInfo
 
@@ -18,7 +17,7 @@ from pipeline.billing.statements import Difference, Due, Key
 from pipeline.core.catalog import Catalog
 from pipeline.core.credits import Grant, Owed, minor_step
 from pipeline.core.invoice import Document
-from pipeline.core.money import AMOUNT_DECIMALS, Micros, Minor, minor_units, scaled
+from pipeline.core.money import AMOUNT_DECIMALS, Micros, Minor, minor_decimal, scaled, to_minor
 from pipeline.core.periods import Period, local_midnight, months_later, to_datetime, to_micros
 
 
@@ -43,18 +42,17 @@ class Money:
         """Carried forward, in the customer's favour, in smallest units."""
         return self._balances.get(wallet, 0)
 
-    def grants(self, wallet: Wallet) -> tuple[Grant, ...]:
-        """The payer's net and total credits in the currency, less what earlier documents of the chunk drew."""
+    def grants(self, wallet: Wallet, members: Iterable[str] = ()) -> tuple[Grant, ...]:
+        """The payer's net and total credits in the currency, less what earlier documents of the chunk drew.
+
+        With those of ``members``, whose lines are on his document: each one's pay for its own lines only.
+        """
         return tuple(
-            one.grant
-            for one in self._grants.get(wallet.payer, ())
+            one.grant if account == wallet.payer else replace(one.grant, account=account)
+            for account in dict.fromkeys((wallet.payer, *members))
+            for one in self._grants.get(account, ())
             if one.grant.reduces != "units" and one.unit == wallet.currency
         )
-
-    def in_money(self, account: str) -> list[str]:
-        """Ids of an account's net and total credits with anything left."""
-        grants = (one.grant for one in self._grants.get(account, ()))
-        return [grant.id for grant in grants if grant.reduces != "units" and grant.amount > 0]
 
     def take(self, wallet: Wallet, document: Document) -> None:
         """Go on with what a document leaves."""
@@ -65,10 +63,12 @@ class Money:
         drawn: defaultdict[str, int] = defaultdict(int)
         for one in document.draws:
             drawn[one.grant] += one.amount * step
-        self._grants[wallet.payer] = tuple(
-            replace(one, grant=replace(one.grant, amount=one.grant.amount - drawn.get(one.grant.id, 0)))
-            for one in self._grants[wallet.payer]
-        )
+        for account, grants in self._grants.items():
+            if any(one.grant.id in drawn for one in grants):
+                self._grants[account] = tuple(
+                    replace(one, grant=replace(one.grant, amount=one.grant.amount - drawn.get(one.grant.id, 0)))
+                    for one in grants
+                )
 
 
 _SELECT_HAVING = """
@@ -93,20 +93,23 @@ def read_money(connection: "Connection[Any]", payers: Collection[str], *, lock: 
     if not having:
         return Money({}, ())
     balances = {
-        Wallet(account, legal_entity, currency): scaled(amount, minor_units(currency))
+        Wallet(account, legal_entity, currency): to_minor(amount, currency)
         for account, legal_entity, currency, amount in connection.execute(_SELECT_BALANCES, [having])
     }
     return Money(balances, held(connection, having))
 
 
-# All usage up to its end is settled: what is left of it goes on.
+# All usage up to its end that it may pay for is settled: what is left of it goes on. Whatever was used beyond it was
+# billed, so nothing is taken off for that (``preserve_overage`` of grants of before it was refused).
 _SELECT_ENDED = """
 SELECT given.id, given.account, given.starts_at, given.expires_at FROM billing.grant_state AS given
-WHERE given.account = ANY(%s) AND given.verdict = 'approved' AND given.voided_at IS NULL
-    AND given.rollover_maximum IS NOT NULL AND NOT given.preserve_overage AND given.expires_at <= %s
+WHERE given.account = ANY(%(payers)s) AND given.verdict = 'approved' AND given.voided_at IS NULL
+    AND given.rollover_maximum IS NOT NULL AND given.expires_at <= %(now)s
     AND NOT EXISTS (SELECT FROM billing.credit_grant AS next WHERE next.rolled_from = given.id)
     AND NOT EXISTS (
-        SELECT FROM billing.invoice WHERE invoice.account = given.account AND invoice.period_start < given.expires_at
+        SELECT FROM unnest(%(payers)s::text[], %(members)s::text[]) AS billed (payer, member)
+        JOIN billing.invoice ON invoice.account = billed.member
+        WHERE billed.payer = given.account AND invoice.period_start < given.expires_at
             AND invoice.state IN ('open', 'draft', 'reviewed')
     )
 ORDER BY given.account, given.id
@@ -114,17 +117,26 @@ ORDER BY given.account, given.id
 
 
 def roll_over_ended(
-    connection: "Connection[Any]", catalog: Catalog, accounts: Collection[str], now: datetime, actor: str
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    members: Mapping[str, Collection[str]],
+    now: datetime,
+    actor: str,
 ) -> None:
     """Carry on what is left of grants that ended and whose usage is billed, for as long again; twice is once.
 
-    A grant that counts overage against the next one waits: what was used beyond it is not known here.
+    ``members``: of each payer the accounts on his documents. His grants pay for the usage of them all, a member's own
+    for its own.
     """
-    ended = connection.execute(_SELECT_ENDED, [sorted(accounts), now]).fetchall()
+    billed = {(payer, member) for payer, accounts in members.items() for member in accounts}
+    billed |= {(member, member) for _, member in billed}
+    payers, of = zip(*sorted(billed), strict=True)
+    asked = {"payers": list(payers), "members": list(of), "now": now}
+    ended = connection.execute(_SELECT_ENDED, asked).fetchall()
     if not ended:
         return
     lock_grants_of(connection, {account for _, account, *_ in ended})
-    for grant, account, starts_at, expires_at in connection.execute(_SELECT_ENDED, [sorted(accounts), now]).fetchall():
+    for grant, account, starts_at, expires_at in connection.execute(_SELECT_ENDED, asked).fetchall():
         start_us, end_us = to_micros(starts_at), to_micros(expires_at)
         until_us = _as_long_again(start_us, end_us, catalog.accounts[account].time_zone)
         roll_over(connection, grant, until_us=until_us, actor=actor)
@@ -236,7 +248,7 @@ def settle(
         document, reckoned = one.document, one.reckoned
         if document.balance_amount:
             kind = "applied" if document.balance_amount > 0 else "carried"
-            amount = _whole(-document.balance_amount, document.currency)
+            amount = minor_decimal(-document.balance_amount, document.currency)
             place = document.legal_entity, one.payer, document.currency
             balances.append((*place, amount, id, kind, actor, note))
         if not reckoned.document.draws:
@@ -250,7 +262,7 @@ def settle(
                 "line": None if draw.line is None else line_of[draw.line] or keys.get(draw.line),
                 "container": container,
                 "document": id,
-                "amount": _whole(draw.amount, document.currency),
+                "amount": minor_decimal(draw.amount, document.currency),
                 "by": actor,
                 "note": note,
             }
@@ -275,7 +287,3 @@ def _container(connection: "Connection[Any]", payer: str, currency: str, period:
     row = connection.execute(_SELECT_CONTAINER, bounds).fetchone()
     assert row is not None, "it was made before, if it was not there"
     return int(row[0])
-
-
-def _whole(amount: Minor, currency: str) -> Decimal:
-    return Decimal(f"{amount}E-{minor_units(currency)}")

@@ -12,7 +12,8 @@ from psycopg import Connection
 
 from pipeline.billing.credits import commitments_of
 from pipeline.billing.statements import Due, Key
-from pipeline.core.commitments import Commitment, SettledWindow, Spend, first_start, settle_windows
+from pipeline.core.catalog import Catalog
+from pipeline.core.commitments import Commitment, SettledWindow, Spend, check_sold, first_start, settle_windows, sold
 from pipeline.core.credits import minor_step
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_ONE, Amount, Micros, amount_decimal, plain, scaled
 from pipeline.core.periods import Period, to_datetime, to_micros
@@ -25,6 +26,14 @@ def promising(connection: "Connection[Any]", accounts: Collection[str]) -> froze
     return frozenset(account for (account,) in connection.execute(_SELECT_PROMISING, [sorted(accounts)]))
 
 
+def check_promises(connection: "Connection[Any]", catalog: Catalog, account: str, month: Period) -> None:
+    """Raise ValueError for commitments of a month that the account's contracts do not let anybody settle."""
+    contracts = [one for one in catalog.contracts.values() if one.account == account]
+    for currency, commitment in commitments_of(connection, account):
+        if commitment.start_us < month.end_us and (commitment.end_us is None or commitment.end_us > month.start_us):
+            check_sold(commitment, currency, sold(contracts, catalog.plan))
+
+
 def commitment_dues(
     connection: "Connection[Any]",
     account: str,
@@ -35,23 +44,29 @@ def commitment_dues(
     *,
     legal_entity: str,
     currency: str,
+    sells: Collection[str] = (),
+    pending: Sequence[Spend] = (),
 ) -> list[Due]:
     """What an account's commitments in a currency add to a period that is over, as known at its end; 0 too.
 
     ``dues``: what its usage and fees of the period cost in that currency. ``off_lines``: what line coupons take off
-    them, in smallest units.
+    them, in smallest units. ``sells``: charges of the legal entity of which nothing may be due; a commitment that
+    counts none of its charges is another's to settle. ``pending``: what months before cost differently by now and is
+    not written yet.
 
     Raises ValueError for a commitment that cannot be settled.
     """
     found = []
+    sold_here = {charge.id for due in dues if due.segment for charge in due.segment.plan.charges}.union(sells)
     for of_currency, commitment in commitments_of(connection, account):
         begun = commitment.start_us < period.end_us
         over = commitment.end_us is not None and commitment.end_us <= period.start_us
-        if of_currency != currency or not begun or over:
+        if of_currency != currency or not begun or over or not any(map(commitment.counts, sold_here)):
             continue
         since_us = first_start(commitment, time_zone, max(period.start_us, commitment.start_us))
         spends = [
             *_earlier(connection, account, currency, commitment, since_us, period.start_us),
+            *pending,
             *_now(connection, dues, off_lines, commitment, currency),
         ]
         for window in settle_windows(commitment, spends, time_zone, period.start_us, period.end_us):
@@ -110,7 +125,8 @@ SELECT line.charge, discount.amount, line.period_end FROM billing.document_disco
 JOIN billing.document_line AS line ON line.id = discount.document_line_id
 JOIN billing.document ON document.id = line.document_id
 WHERE line.account = %s AND document.currency = %s AND line.period_end > %s AND line.period_end <= %s
-    AND document.state IN ('reviewed', 'issued') AND document.kind = 'invoice' AND discount.coupon <> ''
+    AND document.state IN ('reviewed', 'issued') AND document.kind IN ('invoice', 'adjustment')
+    AND discount.coupon <> ''
 """
 
 

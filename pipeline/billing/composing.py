@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
-from typing import Any, TypedDict
+from typing import Any
 
 from psycopg import Connection
 
@@ -13,7 +13,6 @@ from pipeline.billing.documents import (
     Converted,
     NewDocument,
     NewLine,
-    NewTax,
     ToIssue,
     issue,
     issue_date,
@@ -25,64 +24,9 @@ from pipeline.billing.issued import Issued
 from pipeline.billing.reckoning import Basis, Reckoned
 from pipeline.billing.statements import DueKind, Key
 from pipeline.core import fx
-from pipeline.core.invoice import Document, Line, Totals
-from pipeline.core.money import Amount, Minor, minor_units
+from pipeline.core.invoice import Document, Totals
+from pipeline.core.money import Minor, minor_decimal, to_minor
 from pipeline.core.parties import LegalEntity
-
-
-class LineColumns(TypedDict):
-    """Money of a line, as ``documents.NewLine`` takes it."""
-
-    exact_amount: Amount
-    amount: Minor
-    discount: Minor
-    net: Minor
-    tax: Minor
-    total: Minor
-
-
-def line_columns(line: Line) -> LineColumns:
-    return {
-        "exact_amount": line.exact,
-        "amount": line.amount,
-        "discount": line.discount,
-        "net": line.net,
-        "tax": line.tax,
-        "total": line.total,
-    }
-
-
-class TotalsColumns(TypedDict):
-    """The header, as ``documents.NewDocument`` takes it."""
-
-    lines_amount: Minor
-    discounts_amount: Minor
-    net_amount: Minor
-    tax_amount: Minor
-    total_amount: Minor
-    credits_amount: Minor
-    balance_amount: Minor
-    payable_amount: Minor
-
-
-def totals_columns(totals: Totals) -> TotalsColumns:
-    return {
-        "lines_amount": totals.amount,
-        "discounts_amount": totals.discount,
-        "net_amount": totals.net,
-        "tax_amount": totals.tax,
-        "total_amount": totals.total,
-        "credits_amount": totals.credits,
-        "balance_amount": totals.balance,
-        "payable_amount": totals.payable,
-    }
-
-
-def tax_rows(document: Document) -> tuple[NewTax, ...]:
-    return tuple(
-        NewTax(one.tax.tax, one.tax.treatment, one.tax.percent, one.base, one.amount, one.tax.note)
-        for one in document.taxes
-    )
 
 
 def converted(original: Issued, earlier: Iterable[Totals], totals: Totals) -> Converted | None:
@@ -120,13 +64,24 @@ def shown_as(connection: "Connection[Any]", basis: Basis, document: Document, no
 
     Raises fx.NoRate.
     """
-    base = document.currency
-    quote = basis.customer.document_currency or basis.entity.reporting_currency
-    if quote == base:
+    base, totals = document.currency, document.totals
+    quote = shown_currency(basis, base)
+    if quote is None:
         return None
     day = issue_date(basis.entity, now)
-    rate = fx.rate_on(base, quote, day, published(connection, day, (base, quote)))
-    shown = fx.convert(rate, base, net=document.totals.net, tax=document.totals.tax)
+    return exchanged(base, quote, day, published(connection, day, (base, quote)), totals.net, totals.tax)
+
+
+def shown_currency(basis: Basis, currency: str) -> str | None:
+    """The currency a document is shown in beside its own; None where it is its own."""
+    quote = basis.customer.document_currency or basis.entity.reporting_currency
+    return None if quote == currency else quote
+
+
+def exchanged(base: str, quote: str, day: date, rates: Iterable[fx.Rate], net: Minor, tax: Minor) -> Converted:
+    """What a document comes to in another currency, at the last rate on or before its issue date. Raises fx.NoRate."""
+    rate = fx.rate_on(base, quote, day, rates)
+    shown = fx.convert(rate, base, net=net, tax=tax)
     return Converted(quote, rate.rate, rate.day, rate.source, shown.net, shown.tax, shown.total)
 
 
@@ -149,10 +104,7 @@ def write_and_issue(
     ``made``: container lines made since it was reckoned. Raises ValueError as ``settle``, fx.NoRate.
     """
     converted_now = shown_as(connection, new.basis, new.reckoned.document, now)
-    lines = tuple(
-        replace(row, line_id=made.get(key_of_row(row))) if row.line_id is None else row for row in new.document.lines
-    )
-    (id,) = write_drafts(connection, [replace(new.document, lines=lines)])
+    (id,) = write_drafts(connection, [with_lines(new.document, made)])
     settle(connection, [(id, new)], made, actor=actor, note=note)
     (number,) = issue(
         connection, [ToIssue(id, new.document.kind, new.basis.entity, converted_now)], now=now, actor=actor
@@ -160,7 +112,17 @@ def write_and_issue(
     return id, number.text
 
 
-def key_of_row(row: NewLine) -> Key:
+def with_lines(document: NewDocument, made: Mapping[Key, int]) -> NewDocument:
+    """The document with its lines linked to the container's lines that were made when their entries were booked."""
+    if not made:
+        return document
+    lines = (
+        line if line.line_id is not None else replace(line, line_id=made.get(_key_of(line))) for line in document.lines
+    )
+    return replace(document, lines=tuple(lines))
+
+
+def _key_of(row: NewLine) -> Key:
     """What a line is about."""
     kind: DueKind = "commitment" if row.kind == "commitment" else "usage" if row.meter else "fee"
     return Key(kind, row.account, row.contract, row.price_version, row.charge, row.cell, row.segment_start_us)
@@ -184,10 +146,17 @@ def add_to_balance(
 ) -> None:
     """Book on the balance that ``of``'s customer carries forward, above 0 in his favour; 0 is no entry."""
     if amount:
-        place = of.legal_entity, of.account, of.currency, whole(amount, of.currency), document_id, kind
+        place = of.legal_entity, of.account, of.currency, minor_decimal(amount, of.currency), document_id, kind
         connection.execute(_INSERT_BALANCE, [*place, actor, note])
 
 
-def whole(amount: Minor, currency: str) -> Decimal:
-    """In whole units of the currency, exact."""
-    return Decimal(f"{amount}E-{minor_units(currency)}")
+_SELECT_BALANCE = """
+SELECT coalesce(sum(amount), 0) FROM billing.balance_entry WHERE legal_entity = %s AND account = %s AND currency = %s
+"""
+
+
+def balance_of(connection: "Connection[Any]", of: Issued) -> Minor:
+    """What ``of``'s customer carries forward now."""
+    place = [of.legal_entity, of.account, of.currency]
+    (amount,) = connection.execute(_SELECT_BALANCE, place).fetchone() or (Decimal(0),)
+    return to_minor(amount, of.currency)

@@ -4,6 +4,10 @@ A credit note is a document of its own with amounts below 0. It keeps the tax da
 links to it: ``corrects_id`` to its document, ``adjusts_id`` of each line to the line it takes back. Parts are cut from
 one ruler, so however an invoice is credited bit by bit, in the end every column is back to 0.
 
+A line that a later document took back (an adjustment, a fee changed) was given back there and does not stand any more:
+it is credited with that document. Crediting that one in full undoes what it took back, so the line stands again. So in
+whatever order documents are credited, until nothing is left to credit, they come to 0 together.
+
 It is money given back and changes nothing of what is owed for the usage: what comes late is an adjustment beside it.
 """
 
@@ -16,25 +20,31 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
-from pipeline.billing import line_taxes
 from pipeline.billing.alerts import update_now
 from pipeline.billing.composing import (
     add_to_balance,
     converted,
     legal_entity,
+)
+from pipeline.billing.credits import lock_grants_of
+from pipeline.billing.documents import (
+    NewDocument,
+    NewLine,
+    ToIssue,
+    discount_rows,
+    issue,
     line_columns,
     tax_rows,
     totals_columns,
-    whole,
+    write_drafts,
 )
-from pipeline.billing.credits import lock_grants
-from pipeline.billing.documents import NewDocument, NewLine, ToIssue, issue, write_drafts
-from pipeline.billing.given_back import give_back
-from pipeline.billing.issued import Issued, IssuedLine, minor, read
+from pipeline.billing.given_back import give_back, owners
+from pipeline.billing.issued import Issued, IssuedLine, read
 from pipeline.billing.payments import book, open_amount
+from pipeline.billing.reckoning import reckoned_detail
 from pipeline.core.credit_notes import credit_note, credited
 from pipeline.core.invoice import Document, Line, Totals
-from pipeline.core.money import Minor, Quantity, plain, quantity_decimal, round_half_up_div
+from pipeline.core.money import Minor, Quantity, minor_decimal, plain, quantity_decimal, round_half_up_div, to_minor
 
 #: Why something is credited, as a code; the note says it in words. Values are written into tables: never rename one.
 Reason: TypeAlias = Literal["billing_error", "duplicate", "service_failure", "goodwill", "returned", "price_agreed"]
@@ -55,6 +65,13 @@ class Part:
     quantity: Quantity | None = None
 
 
+class LeftOut(NamedTuple):
+    """A line that was not credited, since another document took it back: its position, and that one's number."""
+
+    position: int
+    taken_back_by: str
+
+
 @dataclass(frozen=True, slots=True)
 class Credited:
     """A credit note that was issued; money in whole units of the currency, below 0."""
@@ -70,6 +87,8 @@ class Credited:
     taken_off: Decimal
     to_balance: Decimal
     to_refund: Decimal
+    #: Lines of the document that do not stand any more, where all of it was to be credited.
+    left_out: tuple[LeftOut, ...]
 
 
 def credit(
@@ -83,26 +102,30 @@ def credit(
     actor: str,
     now: datetime,
 ) -> Credited:
-    """Issue a credit note on an invoice, adjustment or progress bill; ``parts`` None: on all that is left of it.
+    """Issue a credit note on an invoice, adjustment or progress bill; ``parts`` None: on all of it that still stands.
 
-    In one transaction: 1. hold the account's credits and balance, then the document; 2. reckon the note from what
-    earlier ones left; 3. write and issue it; 4. take it off what is open on the document, send what was paid to ``to``,
-    and give back applied balance and prepaid credits as what they were.
+    In one transaction: 1. hold the credits that it drew and the payer's balance, then the document; 2. reckon the note
+    from what earlier ones left; 3. write and issue it; 4. take it off what is open on the document, send what was paid
+    to ``to``, and give back applied balance and prepaid credits as what they were.
 
     Dates and the number are the legal entity's at ``now``. Raises NoDocument, NotCreditable.
     """
     with connection.transaction():
         # Step 1.
-        lock_grants(connection, read(connection, id).account)
+        accounts = {read(connection, id).account, *owners(connection, id)}
+        lock_grants_of(connection, accounts)
         original = read(connection, id, lock=True)
         _check(original)
         # Step 2.
         earlier = _earlier(connection, original)
-        cuts = _cuts(original, earlier, parts)
-        lines = [credited(cut.of.line, str(cut.of.id), cut.part, cut.whole, before=cut.before) for cut in cuts]
-        reckoned = credit_note(original.document, lines, earlier.totals)
+        taken_back = _taken_back(connection, original)
+        if parts is None:
+            cuts, left_out = _standing(original, earlier, taken_back), _left_out(original, taken_back)
+        else:
+            cuts, left_out = _chosen(original, earlier, taken_back, parts), ()
+        reckoned = credit_note(original.document, [cut.credit for cut in cuts], earlier.totals)
         # Step 3.
-        new = _new_document(original, cuts, reckoned, reason=reason, note=note, actor=actor)
+        new = _new_document(original, cuts, reckoned, left_out, reason=reason, note=note, actor=actor)
         (note_id,) = write_drafts(connection, [new])
         entity = legal_entity(connection, original.legal_entity, now)
         draft = ToIssue(note_id, "credit_note", entity, converted(original, earlier.totals, reckoned.totals))
@@ -115,6 +138,7 @@ def credit(
             connection,
             original.id,
             original.currency,
+            kind="credited",
             net=_net_credits(connection, cuts, original.currency),
             total=-reckoned.totals.credits,
             actor=actor,
@@ -122,19 +146,21 @@ def credit(
         )
         detail = {"number": number.text, "corrects": original.number, "reason": reason, "note": note, "to": to}
         connection.execute(_AUDIT, [actor, "document.credit", f"document:{id}", Jsonb(detail)])
-        update_now(connection, original.account)
+        for account in sorted(accounts):
+            update_now(connection, account)
     currency, totals = original.currency, reckoned.totals
     return Credited(
         document=note_id,
         number=number.text,
         corrects=original.number,
         currency=currency,
-        net=whole(totals.net, currency),
-        tax=whole(totals.tax, currency),
-        total=whole(totals.total, currency),
-        taken_off=whole(taken_off, currency),
-        to_balance=whole(balance, currency),
-        to_refund=whole(paid if to == "refund" else 0, currency),
+        net=minor_decimal(totals.net, currency),
+        tax=minor_decimal(totals.tax, currency),
+        total=minor_decimal(totals.total, currency),
+        taken_off=minor_decimal(taken_off, currency),
+        to_balance=minor_decimal(balance, currency),
+        to_refund=minor_decimal(paid if to == "refund" else 0, currency),
+        left_out=left_out,
     )
 
 
@@ -182,28 +208,90 @@ class _Cut(NamedTuple):
     whole: int
     before: int
 
+    @property
+    def credit(self) -> Line:
+        """The line that credits it."""
+        return credited(self.of.line, str(self.of.id), self.part, self.whole, before=self.before)
 
-def _cuts(original: Issued, earlier: _Earlier, parts: Sequence[Part] | None) -> list[_Cut]:
+
+# A reversal is credited as a whole or not at all.
+_SELECT_TAKEN_BACK = """
+SELECT line.id, coalesce(later.number, 'a reviewed ' || later.kind) FROM billing.document_line AS line
+JOIN billing.document_line AS reversal ON reversal.adjusts_id = line.id AND reversal.role = 'reversal'
+JOIN billing.document AS later ON later.id = reversal.document_id
+WHERE line.document_id = %s AND later.state IN ('reviewed', 'issued') AND later.kind <> 'credit_note' AND NOT EXISTS (
+    SELECT FROM billing.document_line AS undoing JOIN billing.document AS note ON note.id = undoing.document_id
+    WHERE undoing.adjusts_id = reversal.id AND note.kind = 'credit_note' AND note.state = 'issued'
+)
+"""
+
+
+def _taken_back(connection: "Connection[Any]", original: Issued) -> dict[int, str]:
+    """Lines that do not stand any more, by id, with the number of the document that took each back."""
+    return dict(connection.execute(_SELECT_TAKEN_BACK, [original.id]).fetchall())
+
+
+def _left_out(original: Issued, taken_back: Mapping[int, str]) -> tuple[LeftOut, ...]:
+    return tuple(LeftOut(one.position, taken_back[one.id]) for one in original.lines if one.id in taken_back)
+
+
+def _standing(original: Issued, earlier: _Earlier, taken_back: Mapping[int, str]) -> list[_Cut]:
+    """All that is left of the lines that still stand.
+
+    What the document took back of others is undone with the line that stands in for it. Where such lines were credited
+    before, it may be that nothing of the sum is left: then what was taken back stays so, and nothing is charged.
+    """
+    gone = {_about(one) for one in original.lines if one.id in taken_back}
+    cuts = [
+        _Cut(one, size - before, size, before)
+        for one in original.lines
+        if one.id not in taken_back and not (one.row.role == "reversal" and _about(one) in gone)
+        if (size := _size(one)) > (before := earlier.quantities.get(one.id, 0))
+    ]
+    if original.totals.total > 0 and sum(cut.credit.total for cut in cuts) > 0:
+        cuts = [cut for cut in cuts if cut.of.row.role == "new"]
+    if not cuts:
+        by = ", ".join(sorted(set(taken_back.values())))
+        why = f"of which {by} took back what was not credited: credit that one" if by else "which is credited in full"
+        raise NotCreditable(f"expected something left to credit, got {original.number}, {why}")
+    return cuts
+
+
+def _about(one: IssuedLine) -> tuple[object, ...]:
+    """What a line is about: the same of a line, of what takes it back and of what stands in for it."""
+    row = one.row
+    return row.account, row.contract, row.price_version, row.charge, row.cell, row.segment_start_us
+
+
+def _size(one: IssuedLine) -> int:
+    return abs(one.row.quantity) or 1
+
+
+def _chosen(original: Issued, earlier: _Earlier, taken_back: Mapping[int, str], parts: Sequence[Part]) -> list[_Cut]:
     by_position = {line.position: line for line in original.lines}
     cuts = []
-    for one in parts if parts is not None else [Part(position) for position in by_position]:
+    for one in parts:
         line = by_position.pop(one.position, None)
         if line is None:
             raise NotCreditable(
                 f"expected each line of {original.number} at most once, by its position 1 to {len(original.lines)}, "
                 f"got {one.position}"
             )
-        size = abs(line.row.quantity) or 1
-        before = earlier.quantities.get(line.id, 0)
+        name = f"line {line.position} of {original.number}"
+        if line.id in taken_back:
+            number = taken_back[line.id]
+            raise NotCreditable(f"expected a line that stands, got {name}, which {number} took back: credit that one")
+        if line.row.role == "reversal":
+            raise NotCreditable(
+                f"expected a line that bills something, got {name}, which takes back what an earlier document billed: "
+                f"it is undone when all of {original.number} is credited"
+            )
+        size, before = _size(line), earlier.quantities.get(line.id, 0)
         left = size - before
-        if parts is None and left == 0:
-            continue
         wanted = left if one.quantity is None else one.quantity
         if not 0 < wanted <= left or (one.quantity is not None and not line.row.quantity):
             raise NotCreditable(_too_much(original, line, one, left))
         cuts.append(_Cut(line, wanted, size, before))
-    if not cuts:
-        raise NotCreditable(f"expected something left to credit, got {original.number}, which is credited in full")
     return cuts
 
 
@@ -219,13 +307,21 @@ def _too_much(original: Issued, line: IssuedLine, asked: Part, left: int) -> str
 
 
 def _new_document(
-    original: Issued, cuts: Sequence[_Cut], reckoned: Document, *, reason: Reason, note: str, actor: str
+    original: Issued,
+    cuts: Sequence[_Cut],
+    reckoned: Document,
+    left_out: Sequence[LeftOut],
+    *,
+    reason: Reason,
+    note: str,
+    actor: str,
 ) -> NewDocument:
     corrects = {
         "id": original.id,
         "kind": original.kind,
         "number": original.number,
         "issue_date": original.issue_date.isoformat(),
+        "left_out": [one._asdict() for one in left_out],
     }
     return NewDocument(
         kind="credit_note",
@@ -237,7 +333,7 @@ def _new_document(
         **totals_columns(reckoned.totals),
         lines=tuple(_credit_line(original, cut, line) for cut, line in zip(cuts, reckoned.lines, strict=True)),
         taxes=tax_rows(reckoned),
-        discounts=(),
+        discounts=discount_rows(reckoned),
         created_by=actor,
         content={**original.content, "corrects": corrects, "notices": []},
         corrects_id=original.id,
@@ -258,7 +354,7 @@ def _credit_line(original: Issued, cut: _Cut, line: Line) -> NewLine:
         role="reversal",
         detail={
             **row.detail,
-            "taxes": line_taxes.as_json(line.taxes, original.currency),
+            **reckoned_detail(line, original.currency),
             "adjusts": adjusts,
             # The parts of the price are those of the whole line.
             **({"parts": []} if cut.part < cut.whole else {}),
@@ -304,7 +400,7 @@ def _net_credits(connection: "Connection[Any]", cuts: Sequence[_Cut], currency: 
     by_line = {cut.of.id: cut for cut in cuts}
     shares: dict[int, Minor] = {}
     for line, grant, amount in connection.execute(_SELECT_NET_CREDITS, [list(by_line)]).fetchall():
-        cut, cents = by_line[line], minor(amount, currency)
+        cut, cents = by_line[line], to_minor(amount, currency)
         upto, before = (round_half_up_div(cents * part, cut.whole) for part in (cut.before + cut.part, cut.before))
         shares[grant] = shares.get(grant, 0) + upto - before
     return shares

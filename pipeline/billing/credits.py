@@ -16,7 +16,8 @@ from psycopg import Connection
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from pipeline.core.commitments import Commitment, check_commitment
+from pipeline.billing.prices import read_catalog
+from pipeline.core.commitments import Commitment, check_commitment, check_sold, sold
 from pipeline.core.credits import (
     GRANT_REASONS,
     VOID_REASONS,
@@ -118,8 +119,8 @@ VALUES (%s, %s, %s, %s, %s, %s) RETURNING id
 """
 _INSERT_GRANT = """
 INSERT INTO billing.credit_grant (id, account, kind, reduces, unit, amount, priority, charges, starts_at, expires_at,
-    rollover_maximum, rollover_minimum, preserve_overage, rolled_from)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+    rollover_maximum, rollover_minimum, rolled_from)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 
 
@@ -127,11 +128,16 @@ def request_grant(connection: "Connection[Any]", asked: Asked, *, reason: str, n
     """Ask for credits; returns the number of the request, which is the grant's.
 
     Raises ValueError for credits that cannot be given (an amount of 0 or less, an unknown currency or finer than its
-    smallest unit, a reason that does not fit, a currency or charge that the account's contracts do not have), NotFound
-    for an unknown account.
+    smallest unit, a reason that does not fit, a currency or charge that the account's contracts do not have, a rollover
+    less what was used beyond it: that is billed, and would be paid twice), NotFound for an unknown account.
     """
     grant = asked.grant
     check_grant(grant, asked.rollover)
+    if asked.rollover is not None and asked.rollover.preserve_overage:
+        raise ValueError(
+            "expected a rollover without preserve_overage, got one with it: what is used beyond credits is billed, and "
+            "would be paid a second time if it were taken off what goes on"
+        )
     code = check_reason(reason, GRANT_REASONS[grant.kind] - {"rollover"})
     if grant.reduces != "units":
         _check_minor(asked.unit, as_decimal(grant.amount, grant.reduces))
@@ -156,13 +162,15 @@ def request_commitment(
     """Ask for a spend commitment to be recorded; returns the number of the request, which is the commitment's.
 
     Raises ValueError for one that cannot be settled, also for a currency or charge that the account's contracts do not
-    have, NotFound for an unknown account.
+    have, and for contracts that it cannot count together (``check_sold``); NotFound for an unknown account.
     """
     check_commitment(commitment)
     amount = amount_decimal(commitment.amount)
     _check_minor(currency, amount)
     check_account(connection, account)
     _check_fits(connection, account, currency, commitment.charges)
+    catalog = read_catalog(connection, [account])
+    check_sold(commitment, currency, sold(catalog.contracts.values(), catalog.plan))
     request = _request(connection, "commit", account, None, "contract", note, actor)
     connection.execute(
         _INSERT_COMMITMENT,
@@ -415,30 +423,28 @@ def lock_grants_of(connection: "Connection[Any]", accounts: Iterable[str]) -> No
 
 _SELECT_ROLLING = """
 SELECT account, kind, reduces, unit, priority, charges, expires_at, amount - settled, requested_by, decided_by,
-    rollover_maximum, rollover_minimum, preserve_overage, voided_at
+    rollover_maximum, rollover_minimum, voided_at
 FROM billing.grant_state WHERE id = %s AND verdict = 'approved'
 """
 
 
-def roll_over(
-    connection: "Connection[Any]", grant: int, *, until_us: Micros | None, overage: int = 0, actor: str
-) -> int | None:
+def roll_over(connection: "Connection[Any]", grant: int, *, until_us: Micros | None, actor: str) -> int | None:
     """Carry a grant's balance on from its end, as its rule says, into a new grant that ends at ``until_us``.
 
     Call it when all usage up to its end is settled. Returns the new grant's number; None where nothing goes on: no
-    rule, void, or no balance. ``overage``: used beyond it, in the grant's scale. It was approved with the rule, by the
-    same two people. Raises NotFound, psycopg.errors.UniqueViolation for a second time.
+    rule, void, or no balance. It was approved with the rule, by the same two people. Raises NotFound,
+    psycopg.errors.UniqueViolation for a second time.
     """
     row = connection.execute(_SELECT_ROLLING, [grant]).fetchone()
     if row is None:
         raise NotFound(f"expected an approved grant, got {grant}")
     (account, kind, reduces, unit, priority, charges, expires_at, left, requester, approver, *rule, voided_at) = row
-    maximum, minimum, preserve_overage = rule
+    maximum, minimum = rule
     if maximum is None or voided_at is not None:
         return None
     decimals = decimals_of(reduces)
-    rollover = Rollover(scaled(maximum, decimals), scaled(minimum, decimals), preserve_overage)
-    balance = rolled_over(scaled(left, decimals), rollover, overage=overage)
+    rollover = Rollover(scaled(maximum, decimals), scaled(minimum, decimals))
+    balance = rolled_over(scaled(left, decimals), rollover)
     if balance <= 0:
         return None
     start_us = to_micros(expires_at)
@@ -580,7 +586,6 @@ def _insert_grant(connection: "Connection[Any]", id: int, asked: Asked, *, rolle
             None if grant.end_us is None else to_datetime(grant.end_us),
             None if rollover is None else as_decimal(rollover.maximum, grant.reduces),
             0 if rollover is None else as_decimal(rollover.minimum, grant.reduces),
-            rollover is not None and rollover.preserve_overage,
             rolled_from,
         ],
     )

@@ -126,18 +126,54 @@ def links(connection: "Connection[Any]", id: int) -> list[Link]:
 class Settlement(NamedTuple):
     """What settled a document, in whole units; above 0 takes off what is payable."""
 
+    id: int
     kind: str
     amount: Decimal
     at: datetime
     by: str
     reference: str
+    #: The settlement that it takes back.
+    takes_back: int | None
 
 
 _SELECT_SETTLEMENTS = """
-SELECT kind, amount, at, by, reference FROM billing.settlement WHERE document_id = %s ORDER BY id
+SELECT id, kind, amount, at, by, reference, takes_back_id FROM billing.settlement WHERE document_id = %s ORDER BY id
 """
 
 
 def settlements(connection: "Connection[Any]", id: int) -> list[Settlement]:
     """What settled a document, in the order it was booked."""
     return [Settlement(*row) for row in connection.execute(_SELECT_SETTLEMENTS, [id])]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a customer's statement, as ``finance.statements`` has it; money in whole units, times UTC."""
+
+    legal_entity: str
+    account: str
+    currency: str
+    at: datetime
+    kind: str
+    number: str | None
+    #: What is to be paid by it; below 0 what settled that.
+    amount: Decimal
+    #: Over all documents, after it.
+    open_amount: Decimal
+    #: Put into the balance carried forward; below 0 taken out.
+    balance: Decimal
+    balance_amount: Decimal
+    reference: str
+    by: str
+
+
+_SELECT_STATEMENT = """
+SELECT legal_entity, account, currency, at, kind, number, amount, open_amount, balance, balance_amount, reference, by
+FROM finance.statements WHERE account = %s ORDER BY legal_entity, currency, position
+"""
+
+
+def statement(connection: "Connection[Any]", account: str) -> list[Entry]:
+    """All that a payer was asked for and what settled it, by seller and currency, in order of time."""
+    with connection.cursor(row_factory=class_row(Entry)) as cursor:
+        return cursor.execute(_SELECT_STATEMENT, [account]).fetchall()

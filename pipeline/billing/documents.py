@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 from zoneinfo import ZoneInfo
 
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.billing.numbers import Number, range_of, take
-from pipeline.core.invoice import LineKind
+from pipeline.core.invoice import Document, Line, LineKind, Totals
 from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, Amount, Micros, Minor, Quantity, minor_units
 from pipeline.core.parties import DocumentKind, LegalEntity
 from pipeline.core.periods import Period, to_datetime
@@ -77,6 +77,8 @@ class NewDiscount:
     grant: int | None = None
     name: str = ""
     line: int | None = None
+    #: Whether it is of lines that take back or restate those of other documents: then it is no use of the coupon.
+    restates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,76 @@ class NewDocument:
     reason_code: str | None = None
     note: str = ""
     run_id: int | None = None
+
+
+class LineColumns(TypedDict):
+    """Money of a line, as ``NewLine`` takes it."""
+
+    exact_amount: Amount
+    amount: Minor
+    discount: Minor
+    net: Minor
+    tax: Minor
+    total: Minor
+
+
+def line_columns(line: Line) -> LineColumns:
+    return {
+        "exact_amount": line.exact,
+        "amount": line.amount,
+        "discount": line.discount,
+        "net": line.net,
+        "tax": line.tax,
+        "total": line.total,
+    }
+
+
+class TotalsColumns(TypedDict):
+    """The header, as ``NewDocument`` takes it."""
+
+    lines_amount: Minor
+    discounts_amount: Minor
+    net_amount: Minor
+    tax_amount: Minor
+    total_amount: Minor
+    credits_amount: Minor
+    balance_amount: Minor
+    payable_amount: Minor
+
+
+def totals_columns(totals: Totals) -> TotalsColumns:
+    return {
+        "lines_amount": totals.amount,
+        "discounts_amount": totals.discount,
+        "net_amount": totals.net,
+        "tax_amount": totals.tax,
+        "total_amount": totals.total,
+        "credits_amount": totals.credits,
+        "balance_amount": totals.balance,
+        "payable_amount": totals.payable,
+    }
+
+
+def tax_rows(document: Document) -> tuple[NewTax, ...]:
+    return tuple(
+        NewTax(one.tax.tax, one.tax.treatment, one.tax.percent, one.base, one.amount, one.tax.note)
+        for one in document.taxes
+    )
+
+
+def discount_rows(document: Document) -> tuple[NewDiscount, ...]:
+    place = {line.id: number for number, line in enumerate(document.lines)}
+    return tuple(
+        NewDiscount(
+            amount=one.amount,
+            coupon=one.coupon,
+            grant=int(one.grant) if one.grant else None,
+            name=one.name,
+            line=None if one.line is None else place[one.line],
+            restates=one.restates,
+        )
+        for one in document.discounts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +221,8 @@ _COPY_TAXES = """
 COPY billing.document_tax (document_id, position, tax, treatment, percent, base_amount, tax_amount, note) FROM STDIN
 """
 _COPY_DISCOUNTS = """
-COPY billing.document_discount (document_id, position, coupon, document_line_id, amount, grant_id, name) FROM STDIN
+COPY billing.document_discount (document_id, position, coupon, document_line_id, amount, grant_id, name, restates)
+FROM STDIN
 """
 
 
@@ -196,6 +269,7 @@ def write_drafts(connection: "Connection[Any]", documents: Sequence[NewDocument]
                     *_money(one.currency, discount.amount),
                     discount.grant,
                     discount.name,
+                    discount.restates,
                 )
                 for id, one, of_lines in rows
                 for position, discount in enumerate(one.discounts, 1)

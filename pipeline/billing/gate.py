@@ -29,6 +29,7 @@ from pipeline.billing.intake import Place
 from pipeline.billing.invoiceable import obstacles
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.rerate import Month
+from pipeline.billing.unbilled_voids import unbilled_voids
 from pipeline.core.gaps import Cause, Gap, because, when
 from pipeline.core.periods import Period, format_instant, to_datetime, to_micros
 from pipeline.core.reasons import Reason
@@ -46,10 +47,12 @@ Kind: TypeAlias = Literal[
     "corrections",  # decided, and not in the money yet
     "backfills",  # staged or begun, and not finished
     "reconciliation",
+    "prices",
     "legal_entities",
     "customers",
     "taxes",
     "rates",  # of exchange
+    "voided",  # documents of the month that are billed nowhere since
 ]
 
 #: How long after a period usage may arrive in time, unless a legal entity says otherwise.
@@ -122,9 +125,10 @@ def check(
 
     ``connection`` is in autocommit: each look sees what is there by then. ``now`` is an aware time; the ends of the
     logs are those of the call, so that with ``now`` behind the month's end and ``grace`` (None: the longest of the
-    legal entities) all that arrived in time lies before them. ``payers`` limits who must have what an invoice needs to
-    those who pay for these accounts, and nothing else: usage that is missing may be anybody's. ``wait_s``: how long to
-    wait for raters and sinks to read to these ends, and for differences to go that come from reading on.
+    legal entities) all that arrived in time lies before them. ``payers`` limits who must have what an invoice needs,
+    and whose documents are looked at, to those who pay for these accounts, and nothing else: usage that is missing may
+    be anybody's. ``wait_s``: how long to wait for raters and sinks to read to these ends, and for differences to go
+    that come from reading on.
 
     Raises KafkaException or psycopg.OperationalError when the broker or the database does not answer, TopicMismatch
     where topics are missing, ValueError for a catalog this program cannot read.
@@ -142,11 +146,12 @@ def check(
     found += _gaps(connection, settings, cut, average)
     found += _corrections(connection, month)
     found += _backfills(connection, month, average)
-    found += _differences(settings, until)
+    found += _differences(settings, end, until)
     found += [
         Missing(one.kind, one.what, one.payers, one.todo, one.money)
-        for one in obstacles(connection, month, now=now, accounts=payers)
+        for one in obstacles(connection, month, now=now, accounts=sorted(payers or ()))
     ]
+    found += _voided(connection, month, payers or ())
     return found
 
 
@@ -509,10 +514,14 @@ def _backfills(connection: "Connection[Any]", month: Month, average: _Average) -
 _OF_ALL_TIMES = {reconcile.QUARANTINED, reconcile.SEQUENCES, reconcile.CONTROL_TOTALS}
 
 
-def _differences(settings: Settings, until: float) -> Iterable[Missing]:
-    """Law 8. While usage goes on coming, a look may fall between two commits: then another one tells."""
+def _differences(settings: Settings, end: datetime, until: float) -> Iterable[Missing]:
+    """Law 8, of the money only what the close may bill: so it takes no longer with every year that was issued.
+
+    What is issued was added up by the gate of its own month; `tally reconcile` adds up all of it. While usage goes on
+    coming, a look may fall between two commits: then another one tells.
+    """
     while True:
-        result = reconcile.reconcile(settings, grace_s=settings.sequence_grace)
+        result = reconcile.reconcile(settings, grace_s=settings.sequence_grace, unissued_until=end)
         wrong = [check for check in result.checks if check.difference and check.name not in _OF_ALL_TIMES]
         if not wrong or not result.lag or time.monotonic() >= until:
             break
@@ -520,6 +529,22 @@ def _differences(settings: Settings, until: float) -> Iterable[Missing]:
     for one in wrong:
         what = f"{one.name}: {one.left:,f} and {one.right:,f}, {one.detail}"
         yield Missing("reconciliation", what, int(abs(one.difference)) or 1, "`tally reconcile` shows all checks")
+
+
+# Billed, and withdrawn ------------------------------------------------------------------------------------------------
+
+
+def _voided(connection: "Connection[Any]", month: Month, payers: Collection[str]) -> Iterable[Missing]:
+    """Voided documents of the month that are billed nowhere since; those of months before hold nothing up."""
+    voids = [one for one in unbilled_voids(connection, until=month, accounts=payers) if one.month == month]
+    if voids:
+        sums: defaultdict[str, Decimal] = defaultdict(Decimal)
+        for one in voids:
+            sums[one.currency] += one.total
+        places = [f"{one.number} of {one.account}" for one in voids]
+        what = f"{len(voids):,} voided document{'s' * (len(voids) != 1)} billed nowhere else: {_named(places, ', ')}"
+        todo = "`tally invoices reissue NUMBER` each of them"
+        yield Missing("voided", what, len(voids), todo, tuple(sorted(sums.items())))
 
 
 def _named(places: Sequence[str], separator: str = "; ") -> str:

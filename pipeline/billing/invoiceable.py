@@ -1,10 +1,12 @@
-"""Who gets an invoice for a month, and what stands in the way of making it: no seller, no buyer, no tax, no rate.
+"""Who gets an invoice for a month, and what stands in the way of making it: no price, no seller, no buyer, no tax, no
+rate of exchange.
 
 The close finds all of it too, payer by payer, as it fails; this looks at everybody beforehand, and adds up how many.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -12,23 +14,28 @@ from zoneinfo import ZoneInfo
 
 from psycopg import Connection
 
-from pipeline.billing import fx_rates
-from pipeline.billing.invoicing_store import Invoicing, load, mark
-from pipeline.billing.prices import read_catalog
+from pipeline.billing import fx_rates, queue
+from pipeline.billing.commitments import promising
+from pipeline.billing.invoicing_store import Invoicing, consolidating, load, mark
+from pipeline.billing.late_months import Late, concerned, late_months, read_open
+from pipeline.billing.months import next_month
+from pipeline.billing.prices import read_prices, with_accounts
+from pipeline.billing.queue import Task
 from pipeline.billing.rerate import Month
+from pipeline.billing.statements import month_of, shared_period
+from pipeline.core.catalog import Catalog, Segment
+from pipeline.core.fees import due_in_advance
 from pipeline.core.fx import NoRate, Rate, rate_on
 from pipeline.core.parties import Customer, LegalEntity
-from pipeline.core.periods import to_datetime
+from pipeline.core.periods import Period, to_datetime
 from pipeline.core.tax import NoTaxRate, treatment
 
-Kind: TypeAlias = Literal["legal_entities", "customers", "taxes", "rates"]
+Kind: TypeAlias = Literal["prices", "legal_entities", "customers", "taxes", "rates"]
 
 #: Payers named before "and n more".
 _NAMED_MAX = 5
-#: Payers whose part of the configuration is read at a time.
-_PAYERS_AT_ONCE = 2_000
-#: Accounts whose part of the catalog is read at a time.
-_ACCOUNTS_AT_ONCE = 500
+#: Payers whose part of the catalog and the configuration is read at a time.
+_PAYERS_AT_ONCE = 500
 #: How far an account's month may lie beside that of UTC.
 _BESIDE = timedelta(days=1)
 
@@ -45,129 +52,161 @@ class Obstacle:
 
 
 class _Sale(NamedTuple):
-    """A seller, a buyer, and what is sold: payers have one per contract."""
+    """A part of a contract that a document of the month bills: by one plan, with one tax date."""
 
     payer: str
-    #: Whose contract it is: the payer's, or of a child whose lines are on its invoice.
-    account: str
     contract: str
     #: As the contract names it; "" where it names none.
     legal_entity: str
     currency: str
-    #: Tax categories of the plan's charges.
-    categories: list[str]
+    tax_date: date
+    #: Charges with their tax categories, before the customer's own.
+    charges: frozenset[tuple[str, str]]
 
 
-# Whose lines are on whose invoice goes up from child to parent as long as parents consolidate; more than 16 levels are
-# a circle. A plan is that of a contract's first phase: what only a later one needs, the close says.
-_SALES = """
-WITH RECURSIVE newest AS (
-    SELECT DISTINCT ON (kind, id) kind, id, document FROM billing.catalog_version
-    WHERE kind IN ('account', 'contract', 'plan') ORDER BY kind, id, version DESC
-), paid AS (
-    SELECT id, id AS payer, 0 AS depth FROM newest WHERE kind = 'account'
-    UNION ALL
-    SELECT paid.id, parent.document ->> 'parent', depth + 1
-    FROM paid JOIN newest AS parent ON parent.kind = 'account' AND parent.id = paid.payer
-    WHERE parent.document ->> 'parent' = ANY(%(consolidating)s) AND depth < 16
-), payer AS (
-    SELECT DISTINCT ON (id) id, payer FROM paid ORDER BY id, depth DESC
-)
-SELECT payer.payer, payer.id, contract.id, coalesce(contract.document ->> 'legal_entity', ''),
-    plan.document ->> 'currency',
-    ARRAY(
-        SELECT DISTINCT coalesce(charge ->> 'tax_category', 'standard')
-        FROM jsonb_array_elements(plan.document -> 'charges') AS charge ORDER BY 1
-    )
-FROM newest AS contract
-JOIN payer ON payer.id = contract.document ->> 'account'
-JOIN newest AS plan ON plan.kind = 'plan' AND plan.id = contract.document ->> 'plan'
-WHERE contract.kind = 'contract'
-    AND (contract.document ->> 'start')::timestamptz < %(until)s
-    AND coalesce((contract.document ->> 'end')::timestamptz > %(from)s, true)
-    AND (%(accounts)s::text[] IS NULL OR payer.payer IN (SELECT payer FROM payer WHERE id = ANY(%(accounts)s)))
-ORDER BY 1
-"""
-_CONSOLIDATING = """
-SELECT id FROM (
-    SELECT DISTINCT ON (id) id, document FROM billing.invoicing_version
-    WHERE kind = 'customer' AND valid_from <= %s ORDER BY id, version DESC
-) AS newest
-WHERE (document ->> 'consolidates')::boolean
-"""
 _MONEY = """
-SELECT invoice.currency, sum(line.amount) FROM billing.invoice
-JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
+SELECT invoice.currency, sum(line.amount)
+FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
 WHERE invoice.account = ANY(%s) AND period_end > %s AND period_end <= %s
 GROUP BY invoice.currency ORDER BY invoice.currency
 """
 
 
-@dataclass(slots=True)
-class _Lacking:
-    """Sales that lack one thing, by what it is."""
-
-    sales: dict[str, list[_Sale]] = field(default_factory=dict)
-
-    def add(self, what: str, sale: _Sale) -> None:
-        self.sales.setdefault(what, []).append(sale)
-
-    def payers(self, billed: Collection[str]) -> dict[str, set[str]]:
-        """Who pays for what is sold to these accounts, by what is lacking."""
-        payers = {what: {sale.payer for sale in sales if sale.account in billed} for what, sales in self.sales.items()}
-        return {what: found for what, found in payers.items() if found}
+#: Who lacks a thing, by what it is.
+_Lacking: TypeAlias = defaultdict[str, set[str]]
 
 
 def obstacles(
-    connection: "Connection[Any]", month: Month, *, now: datetime, accounts: Collection[str] | None = None
+    connection: "Connection[Any]", month: Month, *, now: datetime, accounts: Sequence[str] = ()
 ) -> list[Obstacle]:
-    """What stands in the way of the month's invoices, for those who pay for these accounts, or for all.
+    """What stands in the way of the invoices that are left to make of a month, for those who pay for these accounts,
+    or for all.
 
-    Asked are legal entity, customer and taxes as of the month's last day, and rates of exchange as of ``now``, an aware
-    time. Raises ValueError for configuration this program cannot read.
+    Asked are legal entity, customer and taxes as of the documents' tax dates, for all that they may bill: every plan
+    that holds in a period, fees in advance, commitments, late usage of months before; and rates of exchange as of
+    ``now``, an aware time. Raises ValueError for configuration this program cannot read.
     """
-    utc = month.period_in("UTC")
-    start, end = to_datetime(utc.start_us) - _BESIDE, to_datetime(utc.end_us) + _BESIDE
-    last_day = (end - 2 * _BESIDE).date()
-    consolidating = [id for (id,) in connection.execute(_CONSOLIDATING, [last_day])]
-    asked = {"from": start, "until": end, "consolidating": consolidating, "accounts": accounts and sorted(accounts)}
-    lacking: dict[Kind, _Lacking] = {kind: _Lacking() for kind in _TODO}
-    rates: dict[date, list[Rate]] = {}
+    first_day = date(month.year, month.month, 1)
     applied = mark(connection)
-    for sales in _chunks(connection, asked):
-        buyers = {sale.payer for sale in sales}
-        invoicing = load(connection, applied_until=applied, on=last_day, accounts=buyers)
-        for sale in sales:
-            entity, customer = invoicing.legal_entity(sale.legal_entity), invoicing.customers.get(sale.payer)
-            if entity is None:
-                lacking["legal_entities"].add(_no_seller(sale, invoicing), sale)
-            if customer is None:
-                lacking["customers"].add("no name and address", sale)
-            if entity is None or customer is None:
+    parents = consolidating(connection, applied_until=applied, on=next_month(first_day) - timedelta(days=1))
+    prices = Catalog.empty().extend(read_prices(connection), 0)
+    lacking: dict[Kind, _Lacking] = {kind: defaultdict(set) for kind in _TODO}
+    unnamed: set[str] = set()  # contracts that would have to name their seller
+    rates: dict[date, list[Rate]] = {}
+    for tasks in queue.planned_chunks(connection, str(month), accounts, consolidating=parents, at_once=_PAYERS_AT_ONCE):
+        by_day: defaultdict[date, list[_Sale]] = defaultdict(list)
+        for task, found in _sales(connection, prices, tasks, month):
+            if isinstance(found, ValueError):
+                lacking["prices"][str(found)].add(task.payer)
                 continue
-            for problem in _untaxed(entity, customer, sale, last_day, invoicing):
-                lacking["taxes"].add(problem, sale)
-            day = now.astimezone(ZoneInfo(entity.time_zone)).date()
-            if day not in rates:
-                rates[day] = fx_rates.published(connection, day)
-            no_rate = _without_rate(entity, customer, sale, day, rates[day])
-            if no_rate is not None:
-                lacking["rates"].add(no_rate, sale)
-    flagged = {sale.account for found in lacking.values() for sales in found.sales.values() for sale in sales}
-    billed = _billed(connection, month, sorted(flagged))
-    by_kind = {kind: found.payers(billed) for kind, found in lacking.items()}
-    todo = _TODO | {"legal_entities": _name_sellers(lacking["legal_entities"], billed)}
-    return [
-        _obstacle(connection, kind, found, todo[kind], start + _BESIDE, end) for kind, found in by_kind.items() if found
-    ]
+            for sale in found:
+                by_day[sale.tax_date].append(sale)
+        for day, sales in by_day.items():
+            invoicing = load(connection, applied_until=applied, on=day, accounts={sale.payer for sale in sales})
+            for sale in sales:
+                for kind, what in _judge(connection, sale, invoicing, now, rates):
+                    lacking[kind][what].add(sale.payer)
+                    if what.startswith(_NAMES_NONE):
+                        unnamed.add(sale.contract)
+    utc = month.period_in("UTC")
+    span = to_datetime(utc.start_us), to_datetime(utc.end_us) + _BESIDE
+    todo = _TODO | {"legal_entities": _name_sellers(lacking["legal_entities"], unnamed)}
+    return [_obstacle(connection, kind, found, todo[kind], *span) for kind, found in lacking.items() if found]
 
 
 _TODO: dict[Kind, str] = {
+    "prices": "publish what is missing, `tally plans publish FILE`",
     "legal_entities": "`tally invoicing apply FILE` says who sells",
     "customers": "`tally invoicing apply FILE` says who buys",
     "taxes": "`tally invoicing apply FILE` says what is charged",
     "rates": "`tally fx load FILE`",
 }
+
+
+# What there is to bill ------------------------------------------------------------------------------------------------
+
+
+def _sales(
+    connection: "Connection[Any]", prices: Catalog, tasks: Sequence[Task], month: Month
+) -> Iterator[tuple[Task, set[_Sale] | ValueError]]:
+    """What the documents of these payers may bill, as the close finds it; of one without a price, the problem."""
+    accounts = concerned(connection, [member for task in tasks for member in task.members])
+    catalog = with_accounts(connection, prices, accounts)
+    promised = promising(connection, accounts)
+    members = {task.payer: task.members for task in tasks}
+    late = late_months(connection, catalog, members, read_open(connection, accounts), before=month)
+    for task in tasks:
+        try:
+            own = set(_own_sales(catalog, task, month, promised))
+            yield task, own.union(*(_late_sales(catalog, one, promised) for one in late.get(task.payer, ())))
+        except ValueError as error:
+            yield task, error
+
+
+def _own_sales(catalog: Catalog, task: Task, month: Month, promised: Collection[str]) -> Iterator[_Sale]:
+    """The month's own, and what is billed ahead with it."""
+    months = {member: month_of(catalog, member, month) for member in task.members}
+    periods = {member: catalog.periods_ending(member, months[member]) for member in task.members}
+    shared = None if len(task.members) == 1 else shared_period(task, periods, months[task.payer])
+    for member, own in periods.items():
+        for period in own:
+            yield from _of_period(catalog, task.payer, shared or period, member, period, promised)
+        last = own[-1] if own else months[member]
+        for fee in due_in_advance(catalog, member, months[member].end_us):
+            charge = fee.charge.id, fee.charge.tax_category
+            yield _sale(catalog, task.payer, shared or last, fee.segment, frozenset([charge]))
+
+
+def _late_sales(catalog: Catalog, late: Late, promised: Collection[str]) -> Iterator[_Sale]:
+    """A closed month's, which goes on the payer's next document with its own tax date."""
+    shown = month_of(catalog, late.payer, late.month)
+    for account in late.accounts:
+        for period in catalog.periods_ending(account, month_of(catalog, account, late.month)):
+            yield from _of_period(catalog, late.payer, shown, account, period, promised)
+
+
+def _of_period(
+    catalog: Catalog, payer: str, shown: Period, account: str, period: Period, promised: Collection[str]
+) -> Iterator[_Sale]:
+    """What an account's period comes to: a sale for each of its segments."""
+    for segment in catalog.segments_of(account, period):
+        charges = {(charge.id, charge.tax_category) for charge in segment.plan.charges}
+        if account in promised:  # what a commitment adds is no charge of a plan
+            charges.add(("", "standard"))
+        yield _sale(catalog, payer, shown, segment, frozenset(charges))
+
+
+def _sale(catalog: Catalog, payer: str, shown: Period, segment: Segment, charges: frozenset[tuple[str, str]]) -> _Sale:
+    """``shown``: the document's period, whose last day by the payer's clock is its tax date."""
+    known = catalog.accounts.get(payer)
+    zone = ZoneInfo(known.time_zone if known else "UTC")
+    tax_date = to_datetime(shown.end_us - 1).astimezone(zone).date()
+    contract = segment.contract
+    return _Sale(payer, contract.id, contract.legal_entity, segment.plan.currency, tax_date, charges)
+
+
+# What it lacks --------------------------------------------------------------------------------------------------------
+
+
+def _judge(
+    connection: "Connection[Any]", sale: _Sale, invoicing: Invoicing, now: datetime, rates: dict[date, list[Rate]]
+) -> Iterator[tuple[Kind, str]]:
+    """What a sale lacks; ``rates`` keeps those of exchange by day."""
+    entity, customer = invoicing.legal_entity(sale.legal_entity), invoicing.customers.get(sale.payer)
+    if entity is None:
+        yield "legal_entities", _no_seller(sale, invoicing)
+    if customer is None:
+        yield "customers", "no name and address"
+    if entity is None or customer is None:
+        return
+    for problem in _untaxed(entity, customer, sale, invoicing):
+        yield "taxes", problem
+    day = now.astimezone(ZoneInfo(entity.time_zone)).date()
+    if day not in rates:
+        rates[day] = fx_rates.published(connection, day)
+    no_rate = _without_rate(entity, customer, sale, day, rates[day])
+    if no_rate is not None:
+        yield "rates", no_rate
 
 
 #: Said of a contract that names none, where there are several.
@@ -183,41 +222,17 @@ def _no_seller(sale: _Sale, invoicing: Invoicing) -> str:
     return f"{_NAMES_NONE}, got {known}"
 
 
-def _name_sellers(lacking: _Lacking, billed: Collection[str]) -> str:
+def _name_sellers(lacking: Collection[str], unnamed: Collection[str]) -> str:
     """What to do about contracts without a legal entity: name one, where there are several, or apply it."""
-    unnamed, unknown = set(), False
-    for what, sales in lacking.sales.items():
-        contracts = {sale.contract for sale in sales if sale.account in billed}
-        if what.startswith(_NAMES_NONE):
-            unnamed |= contracts
-        else:
-            unknown = unknown or bool(contracts)
     todo = [f"add legal_entity to contract {_named(sorted(unnamed))} and `tally accounts apply`"] if unnamed else []
+    unknown = any(not what.startswith(_NAMES_NONE) for what in lacking)
     return "; ".join([*todo, *([_TODO["legal_entities"]] if unknown else [])])
 
 
-def _billed(connection: "Connection[Any]", month: Month, accounts: Sequence[str]) -> set[str]:
-    """Those of the accounts that have a billing period which ends in the month: of a quarter only its last has one."""
-    billed = set()
-    for first in range(0, len(accounts), _ACCOUNTS_AT_ONCE):
-        catalog = read_catalog(connection, accounts[first : first + _ACCOUNTS_AT_ONCE])
-        for id, account in catalog.accounts.items():
-            if catalog.periods_ending(id, month.period_in(account.time_zone)):
-                billed.add(id)
-    return billed
-
-
-def _chunks(connection: "Connection[Any]", asked: dict[str, Any]) -> Iterator[list[_Sale]]:
-    with connection.transaction(), connection.cursor("sales") as cursor:  # on the server: there may be millions
-        cursor.execute(_SALES, asked)
-        while rows := cursor.fetchmany(_PAYERS_AT_ONCE):
-            yield [_Sale(*row) for row in rows]
-
-
-def _untaxed(entity: LegalEntity, customer: Customer, sale: _Sale, day: date, invoicing: Invoicing) -> Iterator[str]:
-    for category in {*sale.categories, *customer.tax_categories.values()}:
+def _untaxed(entity: LegalEntity, customer: Customer, sale: _Sale, invoicing: Invoicing) -> Iterator[str]:
+    for category in {customer.tax_categories.get(charge, category) for charge, category in sale.charges}:
         try:
-            treatment(entity, customer, category, day, invoicing.taxes)
+            treatment(entity, customer, category, sale.tax_date, invoicing.taxes)
         except NoTaxRate as error:
             yield str(error)
 

@@ -13,10 +13,11 @@ from typing import Any
 from psycopg import Connection
 from psycopg.rows import dict_row
 
-from pipeline.billing import line_taxes
+from pipeline.billing import line_discounts, line_taxes
 from pipeline.billing.documents import NewLine
+from pipeline.core.discounts import LineDiscount
 from pipeline.core.invoice import Document, Line, Totals, tax_totals
-from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, Minor, minor_units, scaled
+from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, scaled, to_minor
 from pipeline.core.parties import DocumentKind
 from pipeline.core.periods import Period, to_micros
 from pipeline.core.tax import LineTax
@@ -28,19 +29,32 @@ class NoDocument(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class IssuedLine:
-    """A line of a document, as it was written, with its taxes."""
+    """A line of a document, as it was written, with its taxes and discounts."""
 
     id: int
     position: int
     row: NewLine
     taxes: tuple[LineTax, ...]
+    discounts: tuple[LineDiscount, ...]
 
     @property
     def line(self) -> Line:
         """As it was reckoned."""
         row = self.row
-        money = row.amount, row.discount, row.net, row.tax, row.total
-        return Line(str(self.id), row.exact_amount, *money, self.taxes, row.charge, row.service.end_us - 1)
+        return Line(
+            str(self.id),
+            row.exact_amount,
+            row.amount,
+            row.discount,
+            row.net,
+            row.tax,
+            row.total,
+            self.taxes,
+            row.charge,
+            row.service.end_us - 1,
+            row.account,
+            self.discounts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +170,7 @@ def _read(connection: "Connection[Any]", id: int) -> dict[str, Any] | None:
     return {
         **{name: row[name] for name in _AS_STORED},
         "period": Period(to_micros(row["period_start"]), to_micros(row["period_end"])),
-        "totals": Totals(*(minor(row[f"{name}_amount"], currency) for name in _TOTALS)),
+        "totals": Totals(*(to_minor(row[f"{name}_amount"], currency) for name in _TOTALS)),
         "fx": None
         if row["fx_currency"] is None
         else (row["fx_currency"], row["fx_rate"], row["fx_date"], row["fx_source"]),
@@ -173,11 +187,6 @@ _AS_STORED = (
 _TOTALS = ("lines", "discounts", "net", "tax", "total", "credits", "balance", "payable")
 
 
-def minor(amount: Decimal, currency: str) -> Minor:
-    """A stored amount in the currency's smallest unit. Raises ValueError for one that is no whole number of them."""
-    return scaled(amount, minor_units(currency))
-
-
 def _line(row: Mapping[str, Any], currency: str) -> IssuedLine:
     taxes = line_taxes.from_json(row["detail"].get("taxes", ()), currency)
     columns = NewLine(
@@ -188,11 +197,11 @@ def _line(row: Mapping[str, Any], currency: str) -> IssuedLine:
         segment_start_us=to_micros(row["segment_start"]),
         quantity=scaled(row["quantity"], QUANTITY_DECIMALS),
         exact_amount=scaled(row["exact_amount"], AMOUNT_DECIMALS),
-        amount=minor(row["amount"], currency),
-        discount=minor(row["discount_amount"], currency),
-        net=minor(row["net_amount"], currency),
-        tax=minor(row["tax_amount"], currency),
-        total=minor(row["total_amount"], currency),
+        amount=to_minor(row["amount"], currency),
+        discount=to_minor(row["discount_amount"], currency),
+        net=to_minor(row["net_amount"], currency),
+        tax=to_minor(row["tax_amount"], currency),
+        total=to_minor(row["total_amount"], currency),
         tax_category=row["tax_category"],
         unit=row["unit"],
         contract=row["contract"],
@@ -206,4 +215,5 @@ def _line(row: Mapping[str, Any], currency: str) -> IssuedLine:
         role=row["role"],
         detail=row["detail"],
     )
-    return IssuedLine(row["id"], row["position"], columns, taxes)
+    discounts = line_discounts.from_json(row["detail"], columns.discount, currency)
+    return IssuedLine(row["id"], row["position"], columns, taxes, discounts)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from pipeline.core.money import Minor, minor_units, plain, scaled
+from pipeline.core.money import Minor, minor_decimal, plain, to_minor
 from pipeline.core.tax import LineTax, Tax
 
 
@@ -40,8 +40,8 @@ def from_json(taxes: Iterable[Mapping[str, Any]], currency: str) -> tuple[LineTa
 
 
 def _text(amount: Minor, currency: str) -> str:
-    return format(Decimal(f"{amount}E-{minor_units(currency)}"), "f")
+    return str(minor_decimal(amount, currency))
 
 
 def _minor(text: str, currency: str) -> Minor:
-    return scaled(Decimal(text), minor_units(currency))
+    return to_minor(Decimal(text), currency)

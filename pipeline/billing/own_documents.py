@@ -14,36 +14,27 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.billing import queue
-from pipeline.billing.adjustments import (
-    Adjustment,
-    NotAdjustable,
-    Place,
-    Seen,
-    as_billed,
-    committed,
-    concerned,
-    coupons_of,
-    late_months,
-    lock_open,
-    look,
-    month_of,
-    restate,
-)
+from pipeline.billing.adjustments import Adjustment, restate
+from pipeline.billing.billed_months import NotAdjustable, Place, Seen, committed, look
 from pipeline.billing.close_entries import CloseEntry, book_all
 from pipeline.billing.close_money import Money, Wallet, read_money, read_uses_of
-from pipeline.billing.composing import ToWrite, whole, write_and_issue
+from pipeline.billing.composing import ToWrite, write_and_issue
 from pipeline.billing.given_back import give_back
 from pipeline.billing.invoicing_store import Invoicing, consolidating, load, mark
 from pipeline.billing.issued import Issued, read
+from pipeline.billing.late_months import as_billed, concerned, late_months, lock_open, month_of
+from pipeline.billing.originals import coupons_of
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.queue import Task
 from pipeline.billing.reckoning import Basis, compose, reckon
 from pipeline.billing.rerate import Month
-from pipeline.billing.statements import Difference, Key, differences, fee_due, key_of
+from pipeline.billing.statements import Difference, Key, differences, fee_due, key_of, read_booked
 from pipeline.billing.unit_credits import Units
 from pipeline.billing.unit_credits import book as book_units
 from pipeline.core.catalog import Catalog
+from pipeline.core.credits import Grant
 from pipeline.core.fees import due_in_advance
+from pipeline.core.money import Minor, minor_decimal
 from pipeline.core.periods import to_datetime
 
 
@@ -101,11 +92,10 @@ def _late(connection: "Connection[Any]", payer: Task) -> tuple[list[Adjustment],
     money = read_money(connection, accounts, lock=True)
     months = late_months(connection, catalog, {payer.payer: payer.members}, opened).get(payer.payer, [])
     units = Units(connection, accounts)
-    return [
-        replace(one, payer=payer.payer)
-        for month in months
-        for one in restate(connection, catalog, month, opened, units)
-    ], money
+    found: list[Adjustment] = []
+    for month in months:
+        found += restate(connection, catalog, month, opened, units, earlier=found)
+    return [replace(one, payer=payer.payer) for one in found], money
 
 
 def _bill(
@@ -120,9 +110,8 @@ def _bill(
     if entity is None or customer is None:
         raise NotAdjustable(f"expected {one.payer} and its legal entity to be known today: `tally invoicing apply`")
     wallet = Wallet(one.payer, one.legal_entity, one.currency)
-    basis = Basis(
-        entity, customer, known.taxes, one.tax_date, grants=money.grants(wallet), balance=money.balance(wallet)
-    )
+    grants = money.grants(wallet, sorted({row.account for _, row in one.lines}))
+    basis = Basis(entity, customer, known.taxes, one.tax_date, grants=grants, balance=money.balance(wallet))
     reckoned = reckon([], basis, currency=one.currency, settled=one.lines)
     money.take(wallet, reckoned.document)
     document = compose(reckoned, basis, kind="adjustment", payer=one.payer, period=one.period, actor=actor)
@@ -139,7 +128,16 @@ def settle_books(connection: "Connection[Any]", one: Adjustment, *, actor: str, 
     ids = book_all(connection, one.entries, actor=actor, note=note)
     connection.execute(_CLOSE, [list(one.containers)])
     if one.original is not None and one.unneeded_credits:
-        give_back(connection, one.original, one.currency, net=one.unneeded_credits, total=0, actor=actor, note=note)
+        give_back(
+            connection,
+            one.original,
+            one.currency,
+            kind="restated",
+            net=one.unneeded_credits,
+            total=0,
+            actor=actor,
+            note=note,
+        )
     made = _made(one.entries, ids)
     book_units(connection, one.units, made, actor=actor, note=note)
     return made
@@ -166,40 +164,45 @@ class NotReissuable(ValueError):
 def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime, actor: str) -> Made:
     """Issue a voided invoice anew: the same month, by what is known now of prices, customer, seller and taxes.
 
-    Late usage of the month that has come since is on it, too, and so are adjustments of earlier months that were on the
-    voided one; of a voided adjustment there are these only. It keeps the tax date. Raises NoDocument, NotReissuable,
-    NotAdjustable, ValueError for what cannot be reckoned.
+    It goes to who paid then, for the accounts that were billed with him then, whoever pays for them by now; what their
+    later invoices billed meanwhile stays there. Late usage of the month that has come since is on it, too, and so are
+    adjustments of earlier months that were on the voided one; of a voided adjustment there are these only. It keeps the
+    tax date. Raises NoDocument, NotReissuable, NotAdjustable, ValueError for what cannot be reckoned.
     """
     with connection.transaction():
-        voided = read(connection, id, lock=True)
-        _check_reissuable(connection, voided)
-        payer = payer_of(connection, voided.account, now)
-        accounts = concerned(connection, payer.members)
+        voided = read(connection, id)
+        payer = voided.account
+        accounts = concerned(connection, {*payer_of(connection, payer, now).members, *_accounts_on(voided)})
         catalog = read_catalog(connection, accounts)
         opened = lock_open(connection, accounts)
         money = read_money(connection, accounts, lock=True)
+        _check_reissuable(connection, read(connection, id))  # whoever voids it, or issues it anew, held the money first
         units = Units(connection, accounts)
         place = Place(voided.legal_entity, voided.currency)
-        basis = _basis_now(connection, catalog, payer.payer, place, voided, money, Wallet(payer.payer, *place))
+        wallet = Wallet(payer, *place)
+        grants = money.grants(wallet, accounts)
+        basis = _basis_now(connection, catalog, payer, place, voided, grants, money.balance(wallet))
         left: list[Difference] = []
         made: dict[Key, int] = {}
         container: int | None = None
         if voided.kind == "invoice":
             month = month_of(catalog, voided.account, to_datetime(voided.period.end_us))
-            seen = look(connection, catalog, payer.payer, payer.members, month, units)
-            left = _left(connection, catalog, seen, payer.members, place, basis)
+            members = _billed_then(connection, catalog, voided, accounts, month)
+            seen = look(connection, catalog, payer, members, month, units)
+            left = _left(connection, catalog, seen, members, place, basis)
             container = next((one.id for one in seen.containers if one.currency == place.currency), None)
             if not _owes_others(seen, place):
                 entries = seen.entries_in(place.currency)
                 made = _made(entries, book_all(connection, entries, actor=actor, note=note))
                 book_units(connection, seen.units_in(place.currency), made, actor=actor, note=note)
                 connection.execute(_CLOSE, [list(seen.open_in(place.currency, {one.id for one in opened}))])
-        late = as_billed(connection, catalog, {payer.payer: payer.members}, _adjusted(catalog, voided))
-        earlier = [
-            adjustment
-            for one in late.get(payer.payer, ())
-            for adjustment in _of_seller(restate(connection, catalog, one, opened, units), place)
-        ]
+        late = as_billed(connection, catalog, {payer: accounts}, _adjusted(catalog, voided))
+        found: list[Adjustment] = []
+        earlier: list[Adjustment] = []
+        for one_month in late.get(payer, ()):
+            of_month = restate(connection, catalog, one_month, opened, units, earlier=found)
+            found += of_month
+            earlier += _of_seller(of_month, place)
         if voided.kind == "adjustment" and not any(one.lines for one in earlier):
             raise NotReissuable(
                 f"expected something to bill instead of {voided.number}, got nothing: it was billed since"
@@ -213,9 +216,9 @@ def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime,
             uses=read_uses_of(connection, left, basis.grants) if basis.grants else {},
             settled=[line for one in earlier for line in one.lines],
         )
-        document = compose(reckoned, basis, kind=voided.kind, payer=payer.payer, period=voided.period, actor=actor)
+        document = compose(reckoned, basis, kind=voided.kind, payer=payer, period=voided.period, actor=actor)
         document = replace(document, corrects_id=id, reason_code="reissue", note=note)
-        new = ToWrite(payer.payer, basis, reckoned, document, container)
+        new = ToWrite(payer, basis, reckoned, document, container)
         return issue_own(connection, new, made, corrects=id, actor=actor, note=note, now=now)
 
 
@@ -232,6 +235,26 @@ def _check_reissuable(connection: "Connection[Any]", voided: Issued) -> None:
         raise NotReissuable(f"{voided.number} was issued anew before, as {again[0] or 'a draft'}")
 
 
+def _accounts_on(voided: Issued) -> set[str]:
+    """Who pays a document, and whose lines are on it."""
+    return {voided.account, *(line.row.account for line in voided.lines)}
+
+
+def _billed_then(
+    connection: "Connection[Any]", catalog: Catalog, voided: Issued, accounts: Sequence[str], month: Month
+) -> tuple[str, ...]:
+    """The accounts that a month's invoice was for. Some may have left its payer by now, others have come to him."""
+    asked = {(account, month) for account in accounts}
+    found = as_billed(connection, catalog, {voided.account: accounts}, asked).get(voided.account, ())
+    members = next((late.accounts for late in found if late.payer == voided.account), None)
+    if members is None:
+        raise NotReissuable(
+            f"expected all invoices of {voided.account} for {month} to be issued, got one that waits: "
+            "`tally invoices issue` it first"
+        )
+    return members
+
+
 def _adjusted(catalog: Catalog, voided: Issued) -> set[tuple[str, Month]]:
     """The accounts' months whose adjustments were on a document: of all their periods that the lines may be of."""
     return {
@@ -245,12 +268,18 @@ def _adjusted(catalog: Catalog, voided: Issued) -> set[tuple[str, Month]]:
 def _left(
     connection: "Connection[Any]", catalog: Catalog, seen: Seen, accounts: Sequence[str], place: Place, basis: Basis
 ) -> list[Difference]:
-    """What a seller has to bill of a month, with what it bills ahead."""
+    """What a seller has to bill of a month, with what it bills ahead.
+
+    A fee that was not billed ahead while the invoice was void was billed with its own period, which settles it.
+    """
+    standing = {one.key for one in seen.standing.get(place, ())}
+    since = {one.key for one in read_booked(connection, dict.fromkeys(accounts, seen.period.end_us))} - standing
     ahead = [
-        fee_due(account, fee)
+        due
         for account in accounts
         for fee in due_in_advance(catalog, account, seen.period.end_us)
         if fee.segment.contract.legal_entity in ("", place.legal_entity) and fee.segment.plan.currency == place.currency
+        if (due := fee_due(account, fee)).key not in since
     ]
     owed = [*seen.owed.get(place, ()), *committed(connection, catalog, seen, place, basis), *ahead]
     return differences(owed, seen.standing_for(place, owed))
@@ -285,8 +314,8 @@ def _basis_now(
     payer: str,
     place: Place,
     voided: Issued,
-    money: Money,
-    wallet: Wallet,
+    grants: Sequence[Grant],
+    balance: Minor,
 ) -> Basis:
     """What is known now, as of the tax date that the voided document had."""
     known = load(connection, applied_until=mark(connection), on=voided.tax_date, accounts=[payer])
@@ -300,8 +329,8 @@ def _basis_now(
         known.taxes,
         voided.tax_date,
         coupons=coupons_of(connection, payer, start, zone, known, customer, place.currency),
-        grants=money.grants(wallet),
-        balance=money.balance(wallet),
+        grants=grants,
+        balance=balance,
     )
 
 
@@ -325,8 +354,8 @@ def issue_own(
         number=number,
         kind=document.kind,
         currency=document.currency,
-        total=whole(document.total_amount, document.currency),
-        payable=whole(document.payable_amount, document.currency),
+        total=minor_decimal(document.total_amount, document.currency),
+        payable=minor_decimal(document.payable_amount, document.currency),
         corrects=None if of is None else str(of[0]),
     )
 

@@ -1,7 +1,8 @@
 """What settles an issued document: payments, refunds, write-offs. Entries are only added; the state is derived.
 
 ``billing.document_payment`` says of each issued document what is open and whether it is unpaid, partly paid, paid or
-uncollectible. The document itself never changes.
+uncollectible. The document itself never changes. What is paid beyond it is the customer's: it goes into the balance
+that his next documents are paid from.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
-from pipeline.billing.issued import Issued, minor, read
+from pipeline.billing.composing import add_to_balance, balance_of
+from pipeline.billing.credits import lock_grants
+from pipeline.billing.issued import Issued, read
 from pipeline.core.balances import SettlementKind
-from pipeline.core.money import Minor, minor_units, scaled
+from pipeline.core.money import Minor, minor_decimal, minor_units, to_minor
 
 
 class NotPayable(ValueError):
@@ -31,16 +34,24 @@ class Settled:
     booked: Decimal
     open: Decimal
     state: str
+    #: What was paid beyond it and put into the customer's balance; below 0: taken out of it again.
+    to_balance: Decimal = Decimal(0)
     #: Whether this very booking (document, kind, reference) was there before: nothing was booked now.
     repeated: bool = False
 
 
 _SELECT_PAYMENT = "SELECT open_amount, state FROM billing.document_payment WHERE document_id = %s"
-_SELECT_REPEATED = (
-    "SELECT amount FROM billing.settlement WHERE document_id = %s AND kind = %s AND reference = %s LIMIT 1"
-)
+# One that was taken back may be booked anew.
+_SELECT_REPEATED = """
+SELECT amount FROM billing.settlement AS booked
+WHERE document_id = %s AND kind = %s AND reference = %s AND takes_back_id IS NULL
+    AND NOT EXISTS (SELECT FROM billing.settlement AS later WHERE later.takes_back_id = booked.id)
+LIMIT 1
+"""
+_SELECT_SUM = "SELECT coalesce(sum(amount), 0) FROM billing.settlement WHERE document_id = %s AND kind = %s"
 _INSERT = """
-INSERT INTO billing.settlement (document_id, kind, amount, at, by, reference) VALUES (%s, %s, %s, %s, %s, %s)
+INSERT INTO billing.settlement (document_id, kind, amount, at, by, reference, takes_back_id)
+VALUES (%s, %s, %s, %s, %s, %s, %s)
 """
 _AUDIT = "INSERT INTO billing.audit (actor, action, target, detail) VALUES (%s, %s, %s, %s)"
 
@@ -56,28 +67,101 @@ def pay(
 ) -> Settled:
     """Book a payment of an invoice, or of a credit note the refund that was paid out; None: all that is open.
 
-    The same reference on the same document is booked once: a repeat changes nothing and says so. Raises NoDocument,
-    NotPayable for a void document, where nothing is open, and for more than what is open.
+    What is paid beyond what is open ends a write-off, then goes into the customer's balance. The same reference on the
+    same document is booked once: a repeat changes nothing and says so. Raises NoDocument, NotPayable for a void
+    document, for None where nothing is open, and for paying out more than is owed.
     """
     with connection.transaction():
         document = _payable(connection, id)
-        credit = open_amount(connection, document) < 0 or document.totals.payable < 0
-        kind: SettlementKind = "refund" if credit else "payment"
+        left = open_amount(connection, document)
+        pays_out = left < 0 or document.totals.payable < 0
+        kind: SettlementKind = "refund" if pays_out else "payment"
         if reference:
             repeated = connection.execute(_SELECT_REPEATED, [id, kind, reference]).fetchone()
             if repeated is not None:
                 return _settled(connection, document, abs(repeated[0]), repeated=True)
-        left = abs(open_amount(connection, document))
-        if left == 0:
+        if left == 0 and (amount is None or pays_out):
             raise _nothing_open(connection, document)
-        wanted = left if amount is None else _minor(amount, document.currency)
-        if not 0 < wanted <= left:
+        wanted = abs(left) if amount is None else _minor(amount, document.currency)
+        if wanted <= 0 or (pays_out and wanted > -left):
+            upto = f" and up to the {_text(-left, document)} owed" if pays_out else ""
+            raise NotPayable(f"expected an amount above 0{upto} on {document.number}, got {_text(wanted, document)}")
+        book(connection, document, kind, -wanted if pays_out else wanted, at=at, reference=reference, actor=actor)
+        beyond = 0 if pays_out else max(wanted - left, 0)
+        if recovered := min(beyond, _sum(connection, document, "write_off")):
+            book(connection, document, "write_off", -recovered, at=at, reference=reference, actor=actor)
+        to_balance = beyond - recovered
+        _put_into_balance(connection, document, to_balance, at=at, reference=reference, actor=actor)
+        return _settled(connection, document, minor_decimal(wanted, document.currency), to_balance)
+
+
+_SELECT_STANDING = """
+SELECT id, kind, amount, reference FROM billing.settlement AS booked
+WHERE document_id = %(document)s AND kind IN ('payment', 'refund') AND takes_back_id IS NULL
+    AND (%(payment)s::bigint IS NULL OR id = %(payment)s)
+    AND NOT EXISTS (SELECT FROM billing.settlement AS later WHERE later.takes_back_id = booked.id)
+ORDER BY id DESC LIMIT 1
+"""
+
+
+def take_back(
+    connection: "Connection[Any]", id: int, payment: int | None, *, at: datetime, why: str, actor: str
+) -> Settled:
+    """Take back a payment or refund that was booked by mistake, or that bounced; None: the document's last one.
+
+    Of a payment first what the document's payments put into the balance, which must still be there. Raises NoDocument,
+    NotPayable where there is none, it was taken back before, or what it paid was given back or used since.
+    """
+    with connection.transaction():
+        document = _payable(connection, id)
+        row = connection.execute(_SELECT_STANDING, {"document": id, "payment": payment}).fetchone()
+        if row is None:
+            named = "one" if payment is None else f"{payment}"
             raise NotPayable(
-                f"expected an amount above 0 and up to the {_text(left, document)} open on {document.number}, got "
-                f"{_text(wanted, document)}: book what is beyond it on the document it belongs to"
+                f"expected a payment or refund of {document.number} that stands, got {named} that does not: "
+                f"`tally invoices show {document.number}` shows them with their ids"
             )
-        book(connection, document, kind, -wanted if credit else wanted, at=at, reference=reference, actor=actor)
-        return _settled(connection, document, _whole(wanted, document))
+        booked, kind, whole, reference = row
+        amount = to_minor(whole, document.currency)
+        if kind == "payment":
+            _check_not_given_back(connection, document)
+        from_balance = min(-_sum(connection, document, "balance"), amount) if kind == "payment" else 0
+        book(connection, document, kind, -amount, at=at, reference=reference, actor=actor, takes_back=booked, note=why)
+        _put_into_balance(connection, document, -from_balance, at=at, reference=reference, actor=actor)
+        if (rest := balance_of(connection, document)) < 0:
+            raise NotPayable(
+                f"payment {booked} of {document.number} put {_text(from_balance, document)} into the balance, of which "
+                f"{_text(-rest, document)} is used: void the later documents that used it first"
+            )
+        return _settled(connection, document, -whole, -from_balance)
+
+
+def _put_into_balance(
+    connection: "Connection[Any]", document: Issued, amount: Minor, *, at: datetime, reference: str, actor: str
+) -> None:
+    """Carry forward what was paid beyond a document, or below 0 take it out again; 0 is nothing."""
+    if amount:
+        book(connection, document, "balance", -amount, at=at, reference=reference, actor=actor)
+        add_to_balance(connection, document, document.id, "overpayment", amount, actor=actor, note=reference)
+
+
+_SELECT_GIVEN_BACK = """
+SELECT string_agg(number, ', ' ORDER BY id) FROM billing.document
+WHERE corrects_id = %(id)s AND kind = 'credit_note' AND state = 'issued'
+HAVING -sum(payable_amount) > (
+    SELECT coalesce(sum(amount), 0) FROM billing.settlement WHERE document_id = %(id)s AND kind = 'credit_note'
+)
+"""
+
+
+def _check_not_given_back(connection: "Connection[Any]", document: Issued) -> None:
+    """Refuse to take back a payment of which a credit note gave something back."""
+    given_back = connection.execute(_SELECT_GIVEN_BACK, {"id": document.id}).fetchone()
+    if given_back is not None:
+        raise NotPayable(
+            f"expected payments of {document.number} that nothing gave back, got credit note {given_back[0]} on what "
+            "was paid: void it first"
+        )
 
 
 def write_off(connection: "Connection[Any]", id: int, *, at: datetime, why: str, actor: str) -> Settled:
@@ -93,7 +177,7 @@ def write_off(connection: "Connection[Any]", id: int, *, at: datetime, why: str,
                 "which is to be paid out: `tally invoices pay` books that"
             )
         book(connection, document, "write_off", left, at=at, reference=why, actor=actor)
-        return _settled(connection, document, _whole(left, document))
+        return _settled(connection, document, minor_decimal(left, document.currency))
 
 
 def book(
@@ -105,21 +189,33 @@ def book(
     at: datetime,
     reference: str,
     actor: str,
+    takes_back: int | None = None,
+    note: str = "",
 ) -> None:
     """Write a settlement and its audit, in the caller's transaction; above 0 takes off what is payable."""
-    whole = _whole(amount, document)
-    connection.execute(_INSERT, [document.id, kind, whole, at, actor, reference])
+    whole = minor_decimal(amount, document.currency)
+    connection.execute(_INSERT, [document.id, kind, whole, at, actor, reference, takes_back])
     detail = {"number": document.number, "amount": str(whole), "currency": document.currency, "reference": reference}
+    if takes_back is not None:
+        detail |= {"takes_back": str(takes_back), "note": note}
     connection.execute(_AUDIT, [actor, f"document.{kind}", f"document:{document.id}", Jsonb(detail)])
 
 
 def open_amount(connection: "Connection[Any]", document: Issued) -> Minor:
     """What is left to pay; below 0: to be paid back. 0 for a void document."""
     row = connection.execute(_SELECT_PAYMENT, [document.id]).fetchone()
-    return 0 if row is None else minor(row[0], document.currency)
+    return 0 if row is None else to_minor(row[0], document.currency)
+
+
+def _sum(connection: "Connection[Any]", document: Issued, kind: SettlementKind) -> Minor:
+    """What settlements of a kind come to."""
+    (amount,) = connection.execute(_SELECT_SUM, [document.id, kind]).fetchone() or (Decimal(0),)
+    return to_minor(amount, document.currency)
 
 
 def _payable(connection: "Connection[Any]", id: int) -> Issued:
+    """An issued document, held after its customer's balance, as whoever bills or voids holds them."""
+    lock_grants(connection, read(connection, id).account)
     document = read(connection, id, lock=True)
     if document.state != "issued":
         raise NotPayable(f"expected an issued document, got {document.number}, which is {document.state}")
@@ -134,23 +230,22 @@ def _nothing_open(connection: "Connection[Any]", document: Issued) -> NotPayable
     )
 
 
-def _settled(connection: "Connection[Any]", document: Issued, booked: Decimal, *, repeated: bool = False) -> Settled:
+def _settled(
+    connection: "Connection[Any]", document: Issued, booked: Decimal, to_balance: Minor = 0, *, repeated: bool = False
+) -> Settled:
     row = connection.execute(_SELECT_PAYMENT, [document.id]).fetchone()
     assert row is not None, "an issued document has a payment state"
     left, state = row
-    return Settled(document.id, document.number, document.currency, booked, left, state, repeated)
+    beyond = minor_decimal(to_balance, document.currency)
+    return Settled(document.id, document.number, document.currency, booked, left, state, beyond, repeated)
 
 
 def _minor(amount: Decimal, currency: str) -> Minor:
     try:
-        return scaled(amount, minor_units(currency))
+        return to_minor(amount, currency)
     except ValueError as error:
         raise NotPayable(f"{error}: {currency} has {minor_units(currency)}") from None
 
 
-def _whole(amount: Minor, document: Issued) -> Decimal:
-    return Decimal(f"{amount}E-{minor_units(document.currency)}")
-
-
 def _text(amount: Minor, document: Issued) -> str:
-    return f"{_whole(amount, document)} {document.currency}"
+    return f"{minor_decimal(amount, document.currency)} {document.currency}"

@@ -6,7 +6,7 @@ waiting, without. A run that has not finished goes on with the next command for 
 prices.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeAlias
@@ -168,6 +168,16 @@ def planned(
     asked = _asked(month, accounts, consolidating)
     rows = connection.execute(f"{_PAYERS} ORDER BY payer.payer", asked)
     return [Task(payer, tuple(members)) for payer, members in rows]
+
+
+def planned_chunks(
+    connection: "Connection[Any]", month: str, accounts: Sequence[str], *, consolidating: Iterable[str], at_once: int
+) -> Iterator[list[Task]]:
+    """As ``planned``, so many payers at a time, in one transaction: there may be millions."""
+    with connection.transaction(), connection.cursor("planned") as cursor:  # on the server
+        cursor.execute(f"{_PAYERS} ORDER BY payer.payer", _asked(month, accounts, consolidating))
+        while rows := cursor.fetchmany(at_once):
+            yield [Task(payer, tuple(members)) for payer, members in rows]
 
 
 def is_closed(

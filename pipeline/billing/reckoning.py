@@ -3,21 +3,22 @@
 The close, adjustments and bills within a period come this way; they differ in what they give as ``Basis``.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from pipeline.billing import line_taxes
-from pipeline.billing.documents import NewDiscount, NewDocument, NewLine, NewTax
+from pipeline.billing import line_discounts, line_taxes
+from pipeline.billing.documents import NewDocument, NewLine, discount_rows, line_columns, tax_rows, totals_columns
 from pipeline.billing.statements import Booked, Difference, Due, Key
 from pipeline.core.charges import scaled_amount
 from pipeline.core.credit_notes import reversal
 from pipeline.core.credits import Grant, Owed
 from pipeline.core.discounts import Coupon
-from pipeline.core.invoice import Document, Item, Limits, Line, build
-from pipeline.core.money import Minor
+from pipeline.core.invoice import Document, Item, Limits, Line, LineKind, build
+from pipeline.core.money import Minor, minor_decimal
 from pipeline.core.parties import Address, Customer, DocumentKind, LegalEntity, Policy
 from pipeline.core.periods import Period
 from pipeline.core.tax import TaxRate, treatment
@@ -67,6 +68,7 @@ def item_of(due: Due, customer: Customer, uses: tuple[Owed, ...] = ()) -> Item:
         gross=due.gross,
         uses=uses,
         at_us=due.service.end_us - 1,
+        account=due.key.account,
     )
 
 
@@ -98,7 +100,7 @@ def reckon(
     """
     dues = [one.due for one in left if one.due is not None]
     items = [item_of(due, basis.customer, (uses or {}).get(due.key, ())) for due in dues]
-    backs = [(_reversal(booked), booked) for one in left for booked in one.taken_back]
+    backs = [(reversal_of(booked), booked) for one in left for booked in one.taken_back]
     categories = {item.tax_category for item in items}
     document = build(
         items,
@@ -120,7 +122,7 @@ def reckon(
     for one in left:
         for _ in one.taken_back:
             line, booked = next(taken_back)
-            rows.append((line, _reversal_row(line, booked, currency)))
+            rows.append((line, reversal_row(line, booked, currency, kind=booked.kind, document=booked.number)))
         if one.due is not None:
             line = lines[item_id(one.due.key)]
             rows.append((line, _due_row(one, one.due, line, category_of[line.id], currency)))
@@ -128,7 +130,8 @@ def reckon(
     return Reckoned(replace(document, lines=tuple(line for line, _ in rows)), tuple(row for _, row in rows))
 
 
-def _reversal(booked: Booked) -> Line:
+def reversal_of(booked: Booked) -> Line:
+    """The line that takes a booked one back."""
     return reversal(booked.line, f"reversal of {booked.document_line_id}")
 
 
@@ -141,12 +144,7 @@ def _due_row(one: Difference, due: Due, line: Line, tax_category: str, currency:
         service=due.service,
         segment_start_us=key.segment_start_us,
         quantity=due.quantity,
-        exact_amount=line.exact,
-        amount=line.amount,
-        discount=line.discount,
-        net=line.net,
-        tax=line.tax,
-        total=line.total,
+        **line_columns(line),
         tax_category=tax_category,
         unit=due.unit,
         contract=key.contract,
@@ -157,26 +155,21 @@ def _due_row(one: Difference, due: Due, line: Line, tax_category: str, currency:
         cell=key.cell,
         line_id=due.line_id,
         adjusts_id=one.taken_back[0].document_line_id if one.taken_back else None,
-        detail={**due.detail, "taxes": line_taxes.as_json(line.taxes, currency)},
+        detail={**due.detail, **reckoned_detail(line, currency)},
     )
 
 
-def _reversal_row(line: Line, booked: Booked, currency: str) -> NewLine:
+def reversal_row(line: Line, booked: Booked, currency: str, *, kind: LineKind, **detail: Any) -> NewLine:
+    """The row of a line that takes a booked one back; ``detail``: what it says besides that one's."""
     key = booked.key
-    detail = {**booked.detail, "taxes": line_taxes.as_json(line.taxes, currency), "document": booked.number}
     return NewLine(
-        kind=booked.kind,
+        kind=kind,
         account=key.account,
         charge=key.charge,
         service=booked.service,
         segment_start_us=key.segment_start_us,
         quantity=-booked.quantity,
-        exact_amount=line.exact,
-        amount=line.amount,
-        discount=line.discount,
-        net=line.net,
-        tax=line.tax,
-        total=line.total,
+        **line_columns(line),
         tax_category=booked.tax_category,
         unit=booked.unit,
         contract=key.contract,
@@ -188,8 +181,16 @@ def _reversal_row(line: Line, booked: Booked, currency: str) -> NewLine:
         line_id=booked.line_id,
         adjusts_id=booked.document_line_id,
         role="reversal",
-        detail=detail,
+        detail={**booked.detail, **reckoned_detail(line, currency), **detail},
     )
+
+
+def reckoned_detail(line: Line, currency: str) -> dict[str, Any]:
+    """What a line's detail keeps of its taxes and discounts, for documents that take it back or restate it."""
+    taxes = line_taxes.as_json(line.taxes, currency)
+    if not line.discounts:
+        return {"taxes": taxes}
+    return {"taxes": taxes, "discounts": line_discounts.as_json(line.discounts, currency)}
 
 
 def compose(
@@ -204,8 +205,7 @@ def compose(
     content: Mapping[str, Any] | None = None,
 ) -> NewDocument:
     """The rows of a reckoned document, with what is printed beside the numbers."""
-    document, totals = reckoned.document, reckoned.document.totals
-    place = {line.id: number for number, line in enumerate(document.lines)}
+    document = reckoned.document
     return NewDocument(
         kind=kind,
         legal_entity=basis.entity.id,
@@ -213,33 +213,25 @@ def compose(
         currency=document.currency,
         period=period,
         tax_date=basis.tax_date,
-        lines_amount=totals.amount,
-        discounts_amount=totals.discount,
-        net_amount=totals.net,
-        tax_amount=totals.tax,
-        total_amount=totals.total,
-        credits_amount=totals.credits,
-        balance_amount=totals.balance,
-        payable_amount=totals.payable,
+        **totals_columns(document.totals),
         lines=reckoned.lines,
-        taxes=tuple(
-            NewTax(one.tax.tax, one.tax.treatment, one.tax.percent, one.base, one.amount, one.tax.note)
-            for one in document.taxes
-        ),
-        discounts=tuple(
-            NewDiscount(
-                amount=one.amount,
-                coupon=one.coupon,
-                grant=int(one.grant) if one.grant else None,
-                name=one.name,
-                line=None if one.line is None else place[one.line],
-            )
-            for one in document.discounts
-        ),
+        taxes=tax_rows(document),
+        discounts=discount_rows(document),
         created_by=actor,
         run_id=run_id,
-        content={**content_of(basis), **(content or {})},
+        content={**content_of(basis), **_credits_of(reckoned.document, basis), **(content or {})},
     )
+
+
+def _credits_of(document: Document, basis: Basis) -> dict[str, Any]:
+    """What accounts' own credits pay of the total, by account; nothing where they pay nothing."""
+    account_of = {one.id: one.account for one in basis.grants if one.account and one.reduces == "total"}
+    paid: defaultdict[str, Minor] = defaultdict(int)
+    for drawn in document.draws:
+        if drawn.grant in account_of:
+            paid[account_of[drawn.grant]] += drawn.amount
+    credits = {account: str(minor_decimal(amount, document.currency)) for account, amount in sorted(paid.items())}
+    return {"credits": credits} if credits else {}
 
 
 def content_of(basis: Basis) -> dict[str, Any]:

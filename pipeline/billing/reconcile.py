@@ -15,8 +15,9 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from decimal import Context, Decimal, Inexact, InvalidOperation
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import psycopg
@@ -113,8 +114,14 @@ class Reconciliation:
         return sum(lag.offsets for lag in self.lags)
 
 
-def reconcile(settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0) -> Reconciliation:
+def reconcile(
+    settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0, unissued_until: datetime | None = None
+) -> Reconciliation:
     """Check everything that must add up, as of now.
+
+    ``unissued_until``: of money look only at billing periods that end by then, an aware time, and of which something
+    is not issued yet: what a close may bill. Events, offsets and rows are counted over all times all the same; nobody
+    looks for estimates.
 
     Waits up to ``wait_s`` for lag to go. Sequence numbers count as missing when a higher one had arrived, or their
     producer had said it emitted them, ``grace_s`` seconds ago; until then they may be on their way. Raises
@@ -128,13 +135,59 @@ def reconcile(settings: Settings, *, wait_s: float = 0.0, grace_s: float = 0.0) 
             found = _logs(settings, connection)
             lags = _lags(Topics(settings.topic_prefix), found)
             if not any(lag.offsets for lag in lags) or time.monotonic() >= until:
-                checks = tuple(_checks(settings, connection, found, grace_s))
-                return Reconciliation(checks, lags, tuple(_estimated(connection)))
+                if unissued_until is None:
+                    checks = tuple(_checks(settings, connection, found, grace_s, _ALL))
+                    return Reconciliation(checks, lags, tuple(_estimated(connection)))
+                scope = _unissued(connection, unissued_until)
+                return Reconciliation(tuple(_checks(settings, connection, found, grace_s, scope)), lags)
         time.sleep(_LOOK_EVERY_S)
 
 
+class _Scope(NamedTuple):
+    """Whose money is added up: lines, and rows and close entries among which theirs are, as SQL that follows FROM."""
+
+    lines: str
+    rows: str
+    entries: str
+    parameters: dict[str, Any]
+
+    def fill(self, statement: str) -> str:
+        return statement.format(lines=self.lines, rows=self.rows, entries=self.entries)
+
+
+_ALL = _Scope("billing.invoice_line", "billing.rated_usage", "billing.close_entry", {})
+# All containers of a period: a counter's lines may be in one that is issued and in the supplement of what came late.
+_UNISSUED_CONTAINERS = """
+SELECT container.id, container.period_start, container.period_end FROM billing.invoice AS container
+JOIN (
+    SELECT DISTINCT account, period_start, period_end FROM billing.invoice
+    WHERE state IN ('open', 'draft', 'reviewed') AND period_end <= %(until)s
+) AS unissued USING (account, period_start, period_end)
+"""
+# Usage of a period has its time within it, and rows are partitioned by the month of their time.
+_MONTHS = f"""
+SELECT DISTINCT month::date FROM (SELECT DISTINCT period_start, period_end FROM ({_UNISSUED_CONTAINERS}) AS container)
+    AS period,
+    generate_series(date_trunc('month', period_start), period_end - interval '1 microsecond', '1 month') AS month
+"""
+
+
+def _unissued(connection: "Connection[Any]", until: datetime) -> _Scope:
+    months = [month for (month,) in connection.execute(_MONTHS, {"until": until})]
+    lines = f"""(
+        SELECT line.* FROM billing.invoice_line AS line
+        JOIN ({_UNISSUED_CONTAINERS}) AS container ON container.id = line.invoice_id
+    )"""
+    return _Scope(
+        lines,
+        "(SELECT * FROM billing.rated_usage WHERE event_month = ANY(%(months)s))",
+        f"(SELECT entry.* FROM billing.close_entry AS entry JOIN {lines} AS line ON line.id = entry.line_id)",
+        {"until": until, "months": months},
+    )
+
+
 def _checks(
-    settings: Settings, connection: "Connection[Any]", found: Mapping[Place, Log], grace_s: float
+    settings: Settings, connection: "Connection[Any]", found: Mapping[Place, Log], grace_s: float, scope: _Scope
 ) -> Iterable[Check]:
     topics = Topics(settings.topic_prefix)
     yield _arrivals(settings, connection, found)
@@ -146,10 +199,10 @@ def _checks(
     yield _corrected(connection)
     yield _rows(connection, topics)
     yield _quarantined(connection)
-    yield _lines(connection)
-    yield from _amounts(connection)
-    yield from _counters(connection)
-    yield _versions(connection)
+    yield _lines(connection, scope)
+    yield from _amounts(connection, scope)
+    yield from _counters(connection, scope)
+    yield _versions(connection, scope)
     yield _sequences(connection, grace_s, deleted=bool(events.difference))
     yield _control_totals(connection, grace_s)
 
@@ -344,24 +397,25 @@ def _quarantined(connection: "Connection[Any]") -> Check:
 # maximum that is not what its events measured.
 _SUMS = """
 SELECT line_id, sum(amount) AS amount, sum(quantity) AS quantity FROM (
-    SELECT line_id, amount, quantity_after - quantity_before AS quantity FROM billing.rated_usage
-    UNION ALL SELECT line_id, amount, quantity FROM billing.close_entry
+    SELECT line_id, amount, quantity_after - quantity_before AS quantity FROM {rows} AS usage
+    UNION ALL SELECT line_id, amount, quantity FROM {entries} AS entry
 ) AS part GROUP BY line_id
 """
 _LINES = f"""
 SELECT coalesce(line.id, sums.line_id), line.amount, line.quantity, sums.amount, sums.quantity
-FROM billing.invoice_line AS line FULL JOIN ({_SUMS}) AS sums ON sums.line_id = line.id
-WHERE coalesce(line.amount, 0) <> coalesce(sums.amount, 0) OR coalesce(line.quantity, 0) <> coalesce(sums.quantity, 0)
-    OR line.id IS NULL
+FROM {{lines}} AS line FULL JOIN ({_SUMS}) AS sums ON sums.line_id = line.id
+WHERE CASE WHEN line.id IS NULL THEN NOT EXISTS (SELECT FROM billing.invoice_line WHERE id = sums.line_id)
+    ELSE line.amount <> coalesce(sums.amount, 0) OR line.quantity <> coalesce(sums.quantity, 0) END
 ORDER BY 1
 """
 
 
-def _lines(connection: "Connection[Any]") -> Check:
-    (lines,) = _one(connection, "SELECT count(*) FROM billing.invoice_line")
+def _lines(connection: "Connection[Any]", scope: _Scope) -> Check:
+    (lines,) = _one(connection, f"SELECT count(*) FROM {scope.lines} AS line", scope.parameters)
+    statement = scope.fill(_LINES)
     places = [
         f"line:{line} holds {amount} for {quantity}, its rows and entries {rows_amount} for {rows_quantity}"
-        for line, amount, quantity, rows_amount, rows_quantity in connection.execute(_LINES)
+        for line, amount, quantity, rows_amount, rows_quantity in connection.execute(statement, scope.parameters)
     ]
     return Check(
         "lines = with the sums of their rows and entries",
@@ -373,21 +427,22 @@ def _lines(connection: "Connection[Any]") -> Check:
 
 _AMOUNTS = f"""
 SELECT invoice.currency, coalesce(sum(sums.amount), 0), sum(line.amount)
-FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
+FROM billing.invoice JOIN {{lines}} AS line ON line.invoice_id = invoice.id
 LEFT JOIN ({_SUMS}) AS sums ON sums.line_id = line.id
 GROUP BY invoice.currency ORDER BY invoice.currency
 """
 
 
-def _amounts(connection: "Connection[Any]") -> Iterable[Check]:
-    for currency, rows, lines in connection.execute(_AMOUNTS):
+def _amounts(connection: "Connection[Any]", scope: _Scope) -> Iterable[Check]:
+    statement = scope.fill(_AMOUNTS)
+    for currency, rows, lines in connection.execute(statement, scope.parameters):
         yield Check(f"{currency} of rows and entries = of lines", rows, lines, "exact, unrounded")
 
 
 # A counter's lines: one per version of its meter, as a rule one. What its rows alone add up to, so without the entries.
 _COUNTERS = """
 WITH booked AS (
-    SELECT line_id, sum(quantity) AS quantity, sum(amount) AS amount FROM billing.close_entry GROUP BY line_id
+    SELECT line_id, sum(quantity) AS quantity, sum(amount) AS amount FROM {entries} AS entry GROUP BY line_id
 )
 SELECT invoice.account, line.contract, line.plan, line.plan_version, line.price_version, line.meter,
     max(line.meter_version) AS meter_version, line.charge, line.segment_start, line.cell,
@@ -395,7 +450,7 @@ SELECT invoice.account, line.contract, line.plan, line.plan_version, line.price_
     sum(line.quantity) - coalesce(sum(booked.quantity), 0) AS quantity,
     sum(line.amount) - coalesce(sum(booked.amount), 0) AS amount,
     max(line.last_event_at) AS last_event_at, array_agg(line.id ORDER BY line.id) AS lines
-FROM billing.invoice_line AS line JOIN billing.invoice ON invoice.id = line.invoice_id
+FROM {lines} AS line JOIN billing.invoice ON invoice.id = line.invoice_id
 LEFT JOIN booked ON booked.line_id = line.id
 WHERE line.first_event_at IS NOT NULL
     AND (invoice.account, invoice.period_start) NOT IN (SELECT account, period_start FROM billing.re_rated_period)
@@ -409,7 +464,7 @@ WHERE line_id = ANY(%s) GROUP BY subject
 """
 
 
-def _counters(connection: "Connection[Any]") -> Iterable[Check]:
+def _counters(connection: "Connection[Any]", scope: _Scope) -> Iterable[Check]:
     """Amounts are differences of running prices (law 3): over all rows of a counter they add up to price(quantity).
 
     That is so for class running, unless a segment cut short has changed the price in between; the others have their
@@ -420,7 +475,7 @@ def _counters(connection: "Connection[Any]") -> Iterable[Check]:
     priced, held = _Tally("counters = with the price of their quantity"), _Tally("counters = under today's prices")
     with connection.cursor("counters", row_factory=dict_row) as cursor:  # on the server: there may be millions
         cursor.itersize = _FETCH_COUNTERS
-        cursor.execute(_COUNTERS)
+        cursor.execute(scope.fill(_COUNTERS), scope.parameters)
         while rows := cursor.fetchmany(_FETCH_COUNTERS):
             known = prices.catalog({row["account"] for row in rows}).accounts
             for row in rows:
@@ -523,7 +578,7 @@ WITH counting AS (
     SELECT *, lead(valid_from) OVER (PARTITION BY kind, id ORDER BY valid_from) AS valid_until FROM counting
 )
 SELECT line.id, used.kind, used.id, used.version, valid.valid_from, valid.valid_until, used.counted_from
-FROM billing.invoice_line AS line
+FROM {lines} AS line
 CROSS JOIN LATERAL (VALUES
     ('plan'::billing.catalog_kind, line.plan, line.plan_version, line.segment_start),
     ('meter'::billing.catalog_kind, line.meter, line.meter_version, line.first_event_at)
@@ -551,16 +606,19 @@ ORDER BY valid_from DESC, version DESC LIMIT 1
 """
 
 
-def _versions(connection: "Connection[Any]") -> Check:
+def _versions(connection: "Connection[Any]", scope: _Scope) -> Check:
     """Each line's plan and meter version is the one valid, as published, at all its events' times (law 4).
 
     But for periods that were re-rated since: ``_estimated`` has these.
     """
-    (lines,) = _one(connection, "SELECT count(*) FROM billing.invoice_line")
+    (lines,) = _one(connection, f"SELECT count(*) FROM {scope.lines} AS line", scope.parameters)
     wrong: set[int] = set()
     findings = 0
     places: list[str] = []
-    for line, kind, name, version, valid_from, valid_until, counted_from in connection.execute(_WRONG_VERSIONS):
+    statement = scope.fill(_WRONG_VERSIONS)
+    for line, kind, name, version, valid_from, valid_until, counted_from in connection.execute(
+        statement, scope.parameters
+    ):
         wrong.add(line)
         findings += 1
         if findings > _NAMED_MAX:

@@ -322,7 +322,7 @@ def _to_closing(closed: ClosedLine, stored: Sequence[StoredLine]) -> list[CloseE
         wanted = closed.quantities.get(version, 0)
         terms = lines[-1].terms if lines else _terms(closed, version)
         quantity = wanted - sum(line.quantity for line in lines)
-        reasons = _reasons(closed, lines, quantity)
+        reasons = _reasons(closed, lines, quantity, sum(line.amount - line.booked for line in stored))
         entries += _entry(_open_one(lines), terms, reasons, quantity, missing if version == versions[-1] else 0)
     return entries
 
@@ -340,8 +340,11 @@ def _open_one(lines: Sequence[StoredLine]) -> StoredLine | None:
     return next((line for line in reversed(lines) if line.invoice_state == "open"), None)
 
 
-def _reasons(closed: ClosedLine, lines: Sequence[StoredLine], missing: Quantity) -> list[Cause]:
-    """Why the lines of a version do not hold what they should; ``missing`` is what their quantity lacks."""
+def _reasons(closed: ClosedLine, lines: Sequence[StoredLine], missing: Quantity, rows: Amount) -> list[Cause]:
+    """Why the lines of a version do not hold what they should; ``missing`` is what their quantity lacks.
+
+    ``rows``: what the rows of all versions come to. A credit explains a difference to the price without it, no other.
+    """
     if closed.meter is None:
         return [Cause.FEE]
     limited = [
@@ -352,13 +355,15 @@ def _reasons(closed: ClosedLine, lines: Sequence[StoredLine], missing: Quantity)
     moved = not lines or (is_additive(closed.meter) and missing != 0)
     if moved or any(line.back_dated for line in lines):
         return [Cause.BACK_DATED, *limited]
+    is_limited = closed.charge.minimum is not None or closed.charge.maximum is not None
+    differ = closed.uncredited is not None and not is_limited and rows != closed.uncredited
     if closed.units:
         limited = [Cause.CREDITED, *limited]
     if closed.price_class == "period":
         return [Cause.PROVISIONAL, *limited]
     if closed.segment.shortens(closed.charge):
         return [Cause.PRORATED, *limited]
-    return limited or [Cause.ROWS_DIFFER]
+    return [*limited, Cause.ROWS_DIFFER] if differ or not limited else limited
 
 
 def _entry(

@@ -13,30 +13,23 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.billing import queue
-from pipeline.billing.adjustments import concerned, lock_open
-from pipeline.billing.close_chunk import (
-    Payer,
-    book_entries,
-    converted,
-    move_containers,
-    read_known,
-    reckon_payers,
-    settle_money,
-    shown_currency,
-    whole,
-    write,
-)
+from pipeline.billing.close_chunk import reckon_payers
+from pipeline.billing.close_known import read_known
 from pipeline.billing.close_money import read_money
+from pipeline.billing.close_payers import Payer
+from pipeline.billing.close_writing import book_entries, move_containers, settle_money, write
+from pipeline.billing.composing import exchanged, shown_currency
 from pipeline.billing.documents import Converted, NewDocument, NotIssuable, ToIssue, issue, issue_date
 from pipeline.billing.fx_rates import published
 from pipeline.billing.invoicing_store import load
+from pipeline.billing.late_months import concerned, lock_open
 from pipeline.billing.numbers import Number
 from pipeline.billing.prices import with_accounts
 from pipeline.billing.queue import Run, Task
 from pipeline.billing.reckoning import Basis
 from pipeline.billing.rerate import Month
 from pipeline.billing.statements import hold, make_containers
-from pipeline.core.money import Minor, minor_units, scaled
+from pipeline.core.money import minor_decimal, to_minor
 from pipeline.core.periods import to_datetime
 
 #: An account's month ends up to a day beside that of UTC.
@@ -110,7 +103,7 @@ def review(connection: "Connection[Any]", document: int, *, now: datetime, actor
 
 def _check_same(before: Sequence[tuple[Any, ...]], payer: Payer) -> None:
     drafts = [
-        (entity, currency, kind, *(_minor(one, currency) for one in amounts))
+        (entity, currency, kind, *(to_minor(one, currency) for one in amounts))
         for entity, currency, kind, *amounts in before
     ]
     now = [_header(one.document) for one in payer.documents]
@@ -122,9 +115,8 @@ def _check_same(before: Sequence[tuple[Any, ...]], payer: Payer) -> None:
 
 
 def _sums(headers: Sequence[tuple[Any, ...]]) -> str:
-    return (
-        ", ".join(f"{whole(total, currency)} {currency}" for _, currency, _, _, _, _, _, total, *_ in headers) or "none"
-    )
+    sums = [f"{minor_decimal(total, currency)} {currency}" for _, currency, _, _, _, _, _, total, *_ in headers]
+    return ", ".join(sums) or "none"
 
 
 def _header(document: NewDocument) -> tuple[Any, ...]:
@@ -143,18 +135,18 @@ def _header(document: NewDocument) -> tuple[Any, ...]:
     )
 
 
-def _minor(amount: Any, currency: str) -> Minor:
-    return scaled(amount, minor_units(currency))
-
-
 _SELECT_REVIEWED = """
 SELECT id, kind::text, legal_entity, currency, tax_date, net_amount, tax_amount FROM billing.document
 WHERE run_id = %s AND account = %s AND state = 'reviewed' ORDER BY id
 """
-# The month's, and supplements of months before that were reviewed with it.
-_ISSUE_CONTAINERS = """
-UPDATE billing.invoice SET state = 'issued' WHERE account = ANY(%s) AND state = 'reviewed' AND period_end <= %s
+# The month's, and supplements of months before that were reviewed with it, also of who has left the payer since. In the
+# order of ids, as whoever holds several containers takes them.
+_HOLD_REVIEWED = """
+SELECT id FROM billing.invoice WHERE state = 'reviewed' AND period_end <= %(until)s
+    AND (account = ANY(%(members)s) OR (account = ANY(%(concerned)s) AND supplement > 0))
+ORDER BY id FOR NO KEY UPDATE
 """
+_ISSUE_CONTAINERS = "UPDATE billing.invoice SET state = 'issued' WHERE id = ANY(%s)"
 _ISSUED_TASK = "UPDATE billing.close_task SET outcome = 'issued' WHERE run_id = %s AND payer = %s"
 
 
@@ -171,7 +163,9 @@ def issue_reviewed(connection: "Connection[Any]", document: int, *, now: datetim
             for row in connection.execute(_SELECT_REVIEWED, [run.id, task.payer]).fetchall()
         ]
         until = to_datetime(Month.parse(run.month).period_in("UTC").end_us) + _DAY
-        connection.execute(_ISSUE_CONTAINERS, [sorted(task.members), until])
+        asked = {"members": list(task.members), "concerned": concerned(connection, task.members), "until": until}
+        reviewed = [id for (id,) in connection.execute(_HOLD_REVIEWED, asked)]
+        connection.execute(_ISSUE_CONTAINERS, [reviewed])
         connection.execute(_ISSUED_TASK, [run.id, task.payer])
         numbers = issue(connection, to_issue, now=now, actor=actor)
         for one, number in zip(to_issue, numbers, strict=True):
@@ -190,5 +184,5 @@ def _to_issue(connection: "Connection[Any]", run: Run, payer: str, row: tuple[An
     if quote is not None:
         day = issue_date(entity, now)
         rates = published(connection, day, {currency, quote})
-        shown = converted(currency, quote, day, rates, _minor(net, currency), _minor(tax, currency))
+        shown = exchanged(currency, quote, day, rates, to_minor(net, currency), to_minor(tax, currency))
     return ToIssue(id, kind, entity, shown)

@@ -38,6 +38,9 @@ BATCH_MESSAGES = 10_000
 BATCH_BYTES = 32 * 1024 * 1024
 #: Longest wait for a batch to fill, seconds: what the sink adds to the way of an event at a low rate.
 BATCH_WAIT_S = 0.05
+#: The broker holds a fetch back until so many bytes came, or for so long: answered at once, there is a fetch for every
+#: few records of every partition.
+_FETCH_BYTES_MIN, _FETCH_WAIT_S = 256 * 1024, 0.025
 #: Messages asked of the consumer at a time.
 _FETCH_MESSAGES = 2_000
 #: Wait before coming back after a failure, seconds: doubled each time up to the longest.
@@ -377,7 +380,8 @@ def _consumer_config(
         "auto.offset.reset": "error",
         "partition.assignment.strategy": "range",
         "session.timeout.ms": int(settings.session_timeout * 1000),
-        "fetch.wait.max.ms": int(BATCH_WAIT_S * 1000),
+        "fetch.min.bytes": _FETCH_BYTES_MIN,
+        "fetch.wait.max.ms": int(_FETCH_WAIT_S * 1000),
         "error_cb": on_error,
         "statistics.interval.ms": int(_MEMBERSHIP_EVERY_S * 1000),
         "stats_cb": on_statistics,

@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from psycopg import Connection
 from psycopg.rows import dict_row
 
-from pipeline.billing import line_taxes
-from pipeline.billing.close_entries import StoredLine
+from pipeline.billing import line_discounts, line_taxes
+from pipeline.billing.close_entries import StoredLine, line_terms
 from pipeline.billing.lines import open_invoices
+from pipeline.billing.queue import Task
 from pipeline.billing.rated import Terms
 from pipeline.billing.rerate import Month, price_period
 from pipeline.core.catalog import NOTICE_S, Catalog, Segment
@@ -129,6 +130,10 @@ class Booked:
     line: Line
     detail: Mapping[str, Any]
 
+    def agrees(self, due: Due) -> bool:
+        """Whether it bills what is due, in quantity and exact amount."""
+        return (self.quantity, self.line.exact) == (due.quantity, due.exact_amount)
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -150,16 +155,12 @@ def differences(dues: Iterable[Due], booked: Iterable[Booked]) -> list[Differenc
     found = []
     for due in dues:
         lines = before.pop(due.key, [])
-        if len(lines) == 1 and lines[0].kind != "progress" and _agree(lines[0], due):
+        if len(lines) == 1 and lines[0].kind != "progress" and lines[0].agrees(due):
             continue
         if lines or not due.is_nothing:
             found.append(Difference(tuple(lines), None if due.is_nothing else due))
     found += [Difference(tuple(lines), None) for lines in before.values()]
     return found
-
-
-def _agree(booked: Booked, due: Due) -> bool:
-    return (booked.quantity, booked.line.exact) == (due.quantity, due.exact_amount)
 
 
 # What containers hold -----------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def hold(
         statement, [sorted(accounts), *ends]
     ):
         period = Period(to_micros(start), to_micros(end))
-        within = _month_of(catalog, account, month)
+        within = month_of(catalog, account, month)
         if within.start_us < period.end_us <= within.end_us:
             container = Container(id, currency, state, supplement, to_micros(created_at))
             found[AccountPeriod(account, period)].append(container)
@@ -265,13 +266,22 @@ def _periods(catalog: Catalog, accounts: Iterable[str], month: Month) -> list[Ac
     return [
         AccountPeriod(account, period)
         for account in accounts
-        for period in catalog.periods_ending(account, _month_of(catalog, account, month))
+        for period in catalog.periods_ending(account, month_of(catalog, account, month))
     ]
 
 
-def _month_of(catalog: Catalog, account: str, month: Month) -> Period:
+def month_of(catalog: Catalog, account: str, month: Month) -> Period:
+    """The month by an account's clock; of one that is not known, by UTC's."""
     known = catalog.accounts.get(account)
     return month.period_in(known.time_zone if known else "UTC")
+
+
+def shared_period(task: Task, periods: Mapping[str, Sequence[Period]], month: Period) -> Period:
+    """The period of a document with lines of several accounts: the payer's own, else from their first start to their
+    last end; the month, by the payer's clock, where none has a period that ends in it.
+    """
+    every = [*periods[task.payer][-1:]] or [period for member in task.members for period in periods[member]] or [month]
+    return Period(min(period.start_us for period in every), max(period.end_us for period in every))
 
 
 _SELECT_LINES = """
@@ -279,10 +289,11 @@ SELECT line.invoice_id, invoice.state::text AS invoice_state, invoice.currency, 
     invoice.period_end, line.id, line.contract, line.plan, line.plan_version, line.price_version, line.meter,
     line.meter_version, line.charge, line.segment_start, line.cell, line.quantity, line.amount,
     line.price_class::text AS price_class, line.events, line.late_events, line.first_event_at, line.last_event_at,
-    line.reference_values, entries.back_dated, entries.moved
+    line.reference_values, entries.back_dated, entries.moved, coalesce(entries.booked, 0) AS booked
 FROM billing.invoice JOIN billing.invoice_line AS line ON line.invoice_id = invoice.id
 LEFT JOIN LATERAL (
-    SELECT bool_or('back_dated' = ANY(entry.reasons)) AS back_dated, bool_or(entry.quantity <> 0) AS moved
+    SELECT bool_or('back_dated' = ANY(entry.reasons)) AS back_dated, bool_or(entry.quantity <> 0) AS moved,
+        sum(entry.amount) AS booked
     FROM billing.close_entry AS entry WHERE entry.line_id = line.id
 ) AS entries ON true
 WHERE invoice.id = ANY(%s) ORDER BY line.id
@@ -298,30 +309,16 @@ def _read_lines(connection: "Connection[Any]", containers: Sequence[int]) -> dic
 
 
 def _held_line(row: dict[str, Any]) -> HeldLine:
-    terms = Terms(
-        contract=row["contract"],
-        plan=row["plan"],
-        plan_version=row["plan_version"],
-        meter=row["meter"],
-        meter_version=row["meter_version"],
-        price_version=row["price_version"],
-        charge=row["charge"],
-        period_start_us=to_micros(row["period_start"]),
-        period_end_us=to_micros(row["period_end"]),
-        segment_start_us=to_micros(row["segment_start"]),
-        cell=row["cell"],
-        currency=row["currency"],
-        price_class=row["price_class"],
-    )
     first, last = row["first_event_at"], row["last_event_at"]
     return HeldLine(
         stored=StoredLine(
             row["id"],
-            terms,
+            line_terms(row),
             row["invoice_state"],
             scaled(row["quantity"], QUANTITY_DECIMALS),
             scaled(row["amount"], AMOUNT_DECIMALS),
             back_dated=bool(row["back_dated"]),
+            booked=scaled(row["booked"], AMOUNT_DECIMALS),
         ),
         container=row["invoice_id"],
         events=row["events"],
@@ -528,9 +525,10 @@ def _usage_shown(lines: Sequence[HeldLine]) -> dict[str, Any]:
 # What was reviewed is issued as it is: a document made meanwhile must not bill it once more.
 _SELECT_BOOKED = """
 SELECT line.*, coalesce(document.number, '') AS number, document.currency, document.tax_date, document.legal_entity
-FROM billing.document_line AS line JOIN billing.document ON document.id = line.document_id
-WHERE line.account = ANY(%s) AND line.period_end > %s AND line.role = 'new'
-    AND document.state IN ('reviewed', 'issued') AND document.kind <> 'credit_note'
+FROM unnest(%s::text[], %s::timestamptz[]) AS asked (account, since)
+JOIN billing.document_line AS line ON line.account = asked.account AND line.period_end > asked.since
+JOIN billing.document ON document.id = line.document_id
+WHERE line.role = 'new' AND document.state IN ('reviewed', 'issued') AND document.kind <> 'credit_note'
     AND NOT EXISTS (
         SELECT FROM billing.document_line AS reversal JOIN billing.document AS later ON later.id = reversal.document_id
         WHERE reversal.adjusts_id = line.id AND reversal.role = 'reversal'
@@ -540,11 +538,11 @@ ORDER BY line.id
 """
 
 
-def read_booked(connection: "Connection[Any]", accounts: Collection[str], since_us: Micros) -> list[Booked]:
-    """The lines that documents billed to these accounts for service after an instant and that still stand."""
+def read_booked(connection: "Connection[Any]", since_us: Mapping[str, Micros]) -> list[Booked]:
+    """The lines that documents billed to accounts for service after an instant, each its own, and that still stand."""
+    asked = [list(since_us), [to_datetime(at_us) for at_us in since_us.values()]]
     with connection.cursor(row_factory=dict_row) as cursor:
-        rows = cursor.execute(_SELECT_BOOKED, [sorted(accounts), to_datetime(since_us)])
-        return [_booked(row) for row in rows]
+        return [_booked(row) for row in cursor.execute(_SELECT_BOOKED, asked)]
 
 
 def _booked(row: dict[str, Any]) -> Booked:
@@ -588,6 +586,8 @@ def _booked(row: dict[str, Any]) -> Booked:
             taxes=line_taxes.from_json(row["detail"].get("taxes", ()), row["currency"]),
             charge=row["charge"],
             at_us=to_micros(row["period_end"]) - 1,
+            discounts=line_discounts.from_json(row["detail"], scaled(row["discount_amount"], digits), row["currency"]),
+            account=row["account"],
         ),
         detail=row["detail"],
     )

@@ -13,11 +13,12 @@ from typing import Any
 
 from psycopg import Connection
 
-from pipeline.billing.adjustments import NotAdjustable, Place, lock_open, look
-from pipeline.billing.close_money import Money, Wallet, read_money
+from pipeline.billing.billed_months import NotAdjustable, Place, look
+from pipeline.billing.close_money import Wallet, read_money
 from pipeline.billing.composing import ToWrite
 from pipeline.billing.documents import issue_date
 from pipeline.billing.invoicing_store import Invoicing, load, mark
+from pipeline.billing.late_months import lock_open
 from pipeline.billing.own_documents import Made, issue_own
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.queue import Task
@@ -25,7 +26,8 @@ from pipeline.billing.reckoning import Basis, compose, reckon
 from pipeline.billing.rerate import Month
 from pipeline.billing.statements import Booked, Due, differences
 from pipeline.billing.unit_credits import Units
-from pipeline.core.money import amount_decimal
+from pipeline.core.credits import Grant
+from pipeline.core.money import Minor, amount_decimal
 from pipeline.core.parties import Customer
 from pipeline.core.periods import Period, to_datetime
 from pipeline.core.thresholds import reached
@@ -76,7 +78,8 @@ def bill_if_reached(
                 customer.threshold, used, billed, times=times, repeats=customer.threshold_repeats
             ):
                 wallet = Wallet(payer.payer, *place)
-                basis = _basis(known, customer, place, money, wallet, now)
+                grants = [one for one in money.grants(wallet, payer.members) if one.reduces == "total"]
+                basis = _basis(known, customer, place, grants, money.balance(wallet), now)
                 new = _document(payer.payer, basis, place, usage, before, seen.period, actor)
                 made = issue_own(connection, new, {}, corrects=None, actor=actor, note=f"usage of {month}", now=now)
                 money.take(wallet, new.reckoned.document)
@@ -89,14 +92,14 @@ def _end_of(month: Month, time_zone: str) -> datetime:
     return to_datetime(month.period_in(time_zone).end_us)
 
 
-def _basis(known: Invoicing, customer: Customer, place: Place, money: Money, wallet: Wallet, now: datetime) -> Basis:
+def _basis(
+    known: Invoicing, customer: Customer, place: Place, grants: Sequence[Grant], balance: Minor, now: datetime
+) -> Basis:
     """No coupons and no net credits: these are the period's own invoice's. Credits that pay the total may pay."""
     entity = known.legal_entity(place.legal_entity)
     if entity is None:
         raise NotAdjustable(f"expected legal entity {place.legal_entity!r} to be valid today: `tally invoicing apply`")
-    grants = [grant for grant in money.grants(wallet) if grant.reduces == "total"]
-    day = issue_date(entity, now)
-    return Basis(entity, customer, known.taxes, day, grants=grants, balance=money.balance(wallet))
+    return Basis(entity, customer, known.taxes, issue_date(entity, now), grants=grants, balance=balance)
 
 
 def _document(

@@ -13,12 +13,12 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 from pipeline.billing.alerts import update_now
-from pipeline.billing.composing import add_to_balance, whole
-from pipeline.billing.credits import lock_grants
-from pipeline.billing.given_back import give_back_all
-from pipeline.billing.issued import Issued, minor, read
+from pipeline.billing.composing import add_to_balance, balance_of
+from pipeline.billing.credits import lock_grants_of
+from pipeline.billing.given_back import give_back_all, owners
+from pipeline.billing.issued import Issued, read
 from pipeline.billing.payments import book
-from pipeline.core.money import Minor
+from pipeline.core.money import Minor, minor_decimal, to_minor
 
 #: Why a document is withdrawn, as a code. Values are written into tables: never rename one.
 Reason: TypeAlias = Literal["wrong_customer", "wrong_details", "wrong_tax", "wrong_amount", "duplicate", "not_agreed"]
@@ -57,43 +57,56 @@ def void(connection: "Connection[Any]", id: int, *, reason: Reason, note: str, a
     balance that is used up. Raises NoDocument, NotVoidable.
     """
     with connection.transaction():
-        lock_grants(connection, read(connection, id).account)
+        accounts = {read(connection, id).account, *owners(connection, id)}
+        lock_grants_of(connection, accounts)
         document = read(connection, id, lock=True)
         _check(connection, document)
         if document.kind == "credit_note":
             _open_again(connection, document, actor=actor, now=now)
-        to_balance = -_balance_of(connection, document)
+        to_balance = -_on_balance(connection, document)
         add_to_balance(connection, document, id, "void", to_balance, actor=actor, note=note)
-        if (left := _balance(connection, document)) < 0:
+        if (left := balance_of(connection, document)) < 0:
+            put, used = minor_decimal(-to_balance, document.currency), minor_decimal(-left, document.currency)
             raise NotVoidable(
-                f"{document.number} put {whole(-to_balance, document.currency)} {document.currency} into the balance, "
-                f"of which {whole(-left, document.currency)} is used: void the later documents that used it first"
+                f"{document.number} put {put} {document.currency} into the balance, "
+                f"of which {used} is used: void the later documents that used it first"
             )
         reference = f"void of {document.number}"
         to_credits = give_back_all(connection, id, document.currency, actor=actor, note=reference)
         connection.execute(_VOID, [now, actor, reason, note, id])
         detail = {"number": document.number, "reason": reason, "note": note}
         connection.execute(_AUDIT, [actor, "document.void", f"document:{id}", Jsonb(detail)])
-        update_now(connection, document.account)
+        for account in sorted(accounts):
+            update_now(connection, account)
     return Voided(
         document=id,
         number=document.number,
         currency=document.currency,
-        total=whole(document.totals.total, document.currency),
-        to_balance=whole(to_balance, document.currency),
-        to_credits=whole(to_credits, document.currency),
+        total=minor_decimal(document.totals.total, document.currency),
+        to_balance=minor_decimal(to_balance, document.currency),
+        to_credits=minor_decimal(to_credits, document.currency),
     )
 
 
+# Credit notes on it; what took back its lines; and, of a credit note on a line that took another one back, what credits
+# that one, which stands again by it.
 _SELECT_LATER = """
-SELECT coalesce(document.number, 'a reviewed ' || document.kind), document.kind::text FROM billing.document
-WHERE document.state IN ('reviewed', 'issued') AND document.id <> %(id)s AND (
-    (document.corrects_id = %(id)s AND document.kind = 'credit_note') OR EXISTS (
-        SELECT FROM billing.document_line AS later JOIN billing.document_line AS mine ON mine.id = later.adjusts_id
-        WHERE later.document_id = document.id AND mine.document_id = %(id)s AND later.role = 'reversal'
-    )
+WITH later AS (
+    SELECT id FROM billing.document WHERE corrects_id = %(id)s AND kind = 'credit_note'
+    UNION
+    SELECT later.document_id FROM billing.document_line AS mine
+        JOIN billing.document_line AS later ON later.adjusts_id = mine.id
+    WHERE mine.document_id = %(id)s AND later.role = 'reversal'
+    UNION
+    SELECT document.id FROM billing.document_line AS mine
+        JOIN billing.document_line AS reversal ON reversal.id = mine.adjusts_id AND reversal.role = 'reversal'
+        JOIN billing.document_line AS later ON later.adjusts_id = reversal.adjusts_id
+        JOIN billing.document ON document.id = later.document_id AND document.kind = 'credit_note'
+    WHERE mine.document_id = %(id)s AND document.id > %(id)s
 )
-ORDER BY document.id LIMIT 1
+SELECT coalesce(document.number, 'a reviewed ' || document.kind), document.kind::text
+FROM later JOIN billing.document USING (id) WHERE document.state IN ('reviewed', 'issued') AND id <> %(id)s
+ORDER BY id LIMIT 1
 """
 _SELECT_PAID = """
 SELECT coalesce(sum(amount), 0) FROM billing.settlement
@@ -113,7 +126,7 @@ def _check(connection: "Connection[Any]", document: Issued) -> None:
     if paid:
         raise NotVoidable(
             f"{document.number} stays: {paid} {document.currency} was paid, paid out or written off on it. Issue a "
-            "credit note instead (`tally invoices credit`)"
+            "credit note instead (`tally invoices credit`), or take the payment back (`tally invoices take-back`)"
         )
     if document.kind == "credit_note" and (document.totals.credits or _gave_credits(connection, document)):
         raise NotVoidable(
@@ -139,23 +152,14 @@ def _open_again(connection: "Connection[Any]", note: Issued, *, actor: str, now:
     if amount:
         assert note.corrects_id is not None, "a credit note has its document"
         original = read(connection, note.corrects_id, lock=True)
-        taken_off = minor(amount, note.currency)  # below 0 on the note, above 0 on its document
+        taken_off = to_minor(amount, note.currency)  # below 0 on the note, above 0 on its document
         book(connection, original, "credit_note", taken_off, at=now, reference=f"void of {note.number}", actor=actor)
 
 
 _SELECT_BALANCE_OF = "SELECT coalesce(sum(amount), 0) FROM billing.balance_entry WHERE document_id = %s"
-_SELECT_BALANCE = """
-SELECT coalesce(sum(amount), 0) FROM billing.balance_entry WHERE legal_entity = %s AND account = %s AND currency = %s
-"""
 
 
-def _balance_of(connection: "Connection[Any]", document: Issued) -> Minor:
+def _on_balance(connection: "Connection[Any]", document: Issued) -> Minor:
+    """What a document put into its customer's balance; below 0 what it took out."""
     (amount,) = connection.execute(_SELECT_BALANCE_OF, [document.id]).fetchone() or (Decimal(0),)
-    return minor(amount, document.currency)
-
-
-def _balance(connection: "Connection[Any]", document: Issued) -> Minor:
-    """What the customer carries forward now."""
-    place = [document.legal_entity, document.account, document.currency]
-    (amount,) = connection.execute(_SELECT_BALANCE, place).fetchone() or (Decimal(0),)
-    return minor(amount, document.currency)
+    return to_minor(amount, document.currency)

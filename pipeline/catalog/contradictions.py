@@ -27,6 +27,7 @@ from pipeline.catalog.files import (
 from pipeline.catalog.source import Finding, one_of, suggestion
 from pipeline.core.catalog import NOTICE_S
 from pipeline.core.charges import PER_EVENT, check_metering
+from pipeline.core.commitments import check_sold, sold
 from pipeline.core.contracts import Account, Contract, Phase, phase_spans
 from pipeline.core.cycles import in_words
 from pipeline.core.documents import Entry, Kind, from_document, kind_of, to_document
@@ -317,12 +318,34 @@ def _contracts(
         Draft(contract, drafts.accounts[0].where) for contract in published.values() if contract.id not in in_files
     ]
     yield from _overlaps(connection, [*others, *drafts.contracts], in_files)
+    yield from _promised(connection, changed, holding.values(), drafts.plans)
 
 
 def _plans(connection: "Connection[Any]", names: Collection[str]) -> dict[str, Plan]:
     """The newest version of each of these plans that has one."""
     entries = store.newest(connection, [("plan", name) for name in sorted(names)]).values()
     return {plan.id: plan for entry in entries if isinstance(plan := from_document(entry), Plan)}
+
+
+def _promised(
+    connection: "Connection[Any]",
+    changed: Sequence[Draft[Contract]],
+    contracts: Collection[Contract],
+    plans: Sequence[Draft[Plan]],
+) -> Iterator[Finding]:
+    """Contracts that a spend commitment of their account cannot count together."""
+    where = {draft.item.account: draft.where for draft in changed}
+    promised = store.commitments_of(connection, where) if where else []
+    if not promised:
+        return
+    known = _plans(connection, {phase.plan for contract in contracts for phase in contract.phases})
+    known |= {draft.item.id: draft.item for draft in plans}
+    for account, currency, commitment in promised:
+        try:
+            of_account = [contract for contract in contracts if contract.account == account]
+            check_sold(commitment, currency, sold(of_account, lambda name, _: known.get(name)))
+        except ValueError as error:
+            yield where[account].finding(str(error))
 
 
 #: The event types that plans charge, by plan.

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
+from pipeline.core.commitments import Commitment
 from pipeline.core.contracts import Account, Contract
 from pipeline.core.documents import Entry, Item, Kind, from_document
-from pipeline.core.money import Micros
+from pipeline.core.money import AMOUNT_DECIMALS, Micros, scaled
 from pipeline.core.periods import to_datetime, to_micros
 from pipeline.core.plans import Plan
 
@@ -59,6 +60,35 @@ def contracts_of(connection: "Connection[Any]", accounts: Iterable[str]) -> list
     """The newest version of every contract of these accounts, by id."""
     entries = [_entry(*row) for row in connection.execute(_SELECT_CONTRACTS, [list(accounts)])]
     return [item for entry in entries if isinstance(item := from_document(entry), Contract)]
+
+
+_SELECT_COMMITMENTS = """
+SELECT commitment.account, commitment.id, currency, amount, charges, starts_at, least(ends_at, voided_at)
+FROM billing.commitment JOIN billing.credit_request_state AS request ON request.id = commitment.id
+WHERE commitment.account = ANY(%s) AND verdict IS DISTINCT FROM 'rejected'
+    AND (voided_at IS NULL OR voided_at > starts_at)
+ORDER BY commitment.id
+"""
+
+
+def commitments_of(connection: "Connection[Any]", accounts: Iterable[str]) -> list[tuple[str, str, Commitment]]:
+    """What these accounts promised to spend, or somebody asks to record, each with its account and currency."""
+    return [
+        (
+            account,
+            currency,
+            Commitment(
+                str(id),
+                scaled(amount, AMOUNT_DECIMALS),
+                to_micros(starts_at),
+                None if ends_at is None else to_micros(ends_at),
+                charges=frozenset(charges),
+            ),
+        )
+        for account, id, currency, amount, charges, starts_at, ends_at in connection.execute(
+            _SELECT_COMMITMENTS, [list(accounts)]
+        )
+    ]
 
 
 # A contract names its plans at the top and in its later phases.

@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.billing.close import Closed, NotClosable, WorkersEnded, close_month, preview
-from pipeline.billing.close_chunk import Payer, Prepared, whole
+from pipeline.billing.close import Closed, NotClosable, Readiness, WorkersEnded, close_month, preview, readiness
+from pipeline.billing.close_payers import Payer, Prepared
 from pipeline.billing.gate import Estimator, Missing
 from pipeline.billing.queue import Progress as Tasks
 from pipeline.billing.rerate import Month
+from pipeline.billing.unbilled_voids import UnbilledVoid
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.months import month_named
 from pipeline.cli.output import (
@@ -30,6 +31,7 @@ from pipeline.cli.output import (
     out,
     service_days,
 )
+from pipeline.core.money import minor_decimal
 from pipeline.core.periods import format_instant, to_micros
 from pipeline.infra.avro import load_schemas
 from pipeline.infra.logs import configure
@@ -40,8 +42,6 @@ from pipeline.operations import at_risk
 _SHOWN_MAX = 50
 #: Where a month begins first.
 _FIRST_ZONE = "Pacific/Kiritimati"
-#: Where it ends last.
-_LAST_ZONE = "Etc/GMT+12"
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +54,7 @@ def close(
         list[str] | None, typer.Option(help="Only the invoice that has this account on it; may be repeated.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be issued, change nothing, ask no gate.")
+        bool, typer.Option("--dry-run", help="Show what would be issued and what holds the close up; change nothing.")
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one for each core).")] = None,
     by: Annotated[str | None, typer.Option(help="Who closes (default: the user).")] = None,
@@ -68,7 +68,8 @@ def close(
 ) -> None:
     """Close a month: first the completeness gate, then an invoice for every payer. Run again, it goes on or is done.
 
-    Exit code 4 where the gate found something missing (nothing is changed then), or payers could not be closed.
+    Exit code 4 where the gate found something missing (nothing is changed then), where payers could not be closed, or
+    where a month that is closed has a voided invoice that is billed nowhere else.
     """
     month = month_named(period)
     if month.period_in(_FIRST_ZONE).start_us > to_micros(datetime.now(UTC)):
@@ -81,34 +82,43 @@ def close(
     configure(settings, worker="close")
     actor = by or settings.actor
     accounts = sorted(set(account or ()))
+    estimator = _estimator(settings)
     try:
         if dry_run:
-            _dry_run(settings, month, accounts, actor, as_json=as_json)
-            return
-        with _progress() as tell:
-            closed = close_month(
-                settings,
-                month,
-                accounts=accounts,
-                actor=actor,
-                why=why or "",
-                workers=workers,
-                estimator=_estimator(settings),
-                wait_s=wait,
-                tell=tell,
-            )
+            ready = readiness(settings, month, accounts=accounts, estimator=estimator, wait_s=wait)
+            if not ready.is_closed:
+                _dry_run(settings, month, accounts, actor, ready, why or "", as_json=as_json)
+                return
+            closed = Closed(None, False, Tasks(0, 0, 0, 0), {}, (), ready.voided, 0.0)
+        else:
+            with _progress() as tell:
+                closed = close_month(
+                    settings,
+                    month,
+                    accounts=accounts,
+                    actor=actor,
+                    why=why or "",
+                    workers=workers,
+                    estimator=estimator,
+                    wait_s=wait,
+                    tell=tell,
+                )
     except LookupError as error:
         fail(str(error), EXIT_NOT_FOUND)
     except WorkersEnded as error:
         fail(str(error), EXIT_ERROR)
     except NotClosable as error:
-        _refuse(error.missing, period, as_json=as_json)
+        if as_json:
+            emit_json({"period": period, "closed": False, "missing": [one.as_json() for one in error.missing]})
+        else:
+            _show_refusal(error.missing, period)
         raise typer.Exit(EXIT_FINDINGS) from None
     if as_json:
         emit_json(_closed_data(closed, period))
     else:
         _show_closed(closed, period)
-    if closed.failed:
+        _show_voided(closed.voided)
+    if closed.failed or (closed.run is None and any(one.month == month for one in closed.voided)):
         raise typer.Exit(EXIT_FINDINGS)
 
 
@@ -145,10 +155,7 @@ def _progress() -> Iterator[Any]:
 # What stands in the way ---------------------------------------------------------------------------------------------
 
 
-def _refuse(missing: Sequence[Missing], period: str, *, as_json: bool) -> None:
-    if as_json:
-        emit_json({"period": period, "closed": False, "missing": [one.as_json() for one in missing]})
-        return
+def _show_missing(missing: Sequence[Missing]) -> None:
     table = Table("missing", "likely worth", "what to do")
     for one in missing:
         money = ", ".join(f"{amount:,f} {currency}" for currency, amount in one.likely_money)
@@ -156,9 +163,22 @@ def _refuse(missing: Sequence[Missing], period: str, *, as_json: bool) -> None:
             money += f"{' and ' if money else ''}{one.unpriced:,} without a price"
         table.add_row(escape(one.what), money, escape(one.todo))
     out.print(table)
+
+
+def _show_refusal(missing: Sequence[Missing], period: str) -> None:
+    _show_missing(missing)
     err.print(f"{period} is not closed: {_count(len(missing), 'thing')} missing. Nothing was changed.", highlight=False)
     if all(one.overridable for one in missing):
         err.print("To close all the same: --override --why REASON, which is kept.", highlight=False)
+
+
+def _show_voided(voided: Sequence[UnbilledVoid]) -> None:
+    """What no close bills, since its month was closed before it was withdrawn."""
+    for one in voided[:_SHOWN_MAX]:
+        what = f"{one.number} of {one.account}, {one.total:,f} {one.currency}, is void and billed nowhere else"
+        err.print(f"{escape(what)}: {escape(one.todo)}", highlight=False)
+    if len(voided) > _SHOWN_MAX:
+        err.print(f"and {len(voided) - _SHOWN_MAX:,} more: finance.unbilled_voids has all", highlight=False)
 
 
 # What came of it ----------------------------------------------------------------------------------------------------
@@ -209,6 +229,7 @@ def _closed_data(closed: Closed, period: str) -> dict[str, Any]:
         "documents": closed.progress.documents,
         "payers": closed.outcomes,
         "failed": [{"payer": one.payer, "problem": one.problem} for one in closed.failed],
+        "voided": [one.as_json() for one in closed.voided],
         "seconds": round(closed.seconds, 3),
     }
 
@@ -216,27 +237,47 @@ def _closed_data(closed: Closed, period: str) -> dict[str, Any]:
 # What would come of it ----------------------------------------------------------------------------------------------
 
 
-def _dry_run(settings: Settings, month: Month, accounts: Sequence[str], actor: str, *, as_json: bool) -> None:
+def _dry_run(
+    settings: Settings,
+    month: Month,
+    accounts: Sequence[str],
+    actor: str,
+    ready: Readiness,
+    why: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Show the documents, then what the gate says of closing; exit code 4 where the close itself would have it."""
+    held_up = ready.is_held_up(why)
     rows: list[dict[str, Any]] = []
     totals: defaultdict[str, Decimal] = defaultdict(Decimal)
     problems = documents = 0
     table = Table("payer", "period", "lines")
     for column in ("net", "tax", "total", "payable"):
         table.add_column(column, justify="right")
-    for payer in preview(settings, month, accounts=accounts, actor=actor):
+    for payer in preview(settings, month, accounts=accounts, actor=actor, going_on=ready.going_on):
         if payer.problem is not None:
             problems += 1
             rows.append({"payer": payer.task.payer, "problem": payer.problem})
             err.print(f"[red]{escape(payer.task.payer)}[/]: {escape(payer.problem)}", highlight=False)
         for one in payer.documents:
             documents += 1
-            totals[one.document.currency] += Decimal(whole(one.document.total_amount, one.document.currency))
+            totals[one.document.currency] += minor_decimal(one.document.total_amount, one.document.currency)
             if as_json:
                 rows.append(_document_data(payer, one))
             elif documents <= _SHOWN_MAX:
                 table.add_row(*_document_row(one))
     if as_json:
-        emit_json({"period": str(month), "closed": False, "documents": rows})
+        emit_json(
+            {
+                "period": str(month),
+                "closed": False,
+                "missing": [one.as_json() for one in ready.missing],
+                "passed_over": bool(ready.missing) and not held_up,
+                "voided": [one.as_json() for one in ready.voided],
+                "documents": rows,
+            }
+        )
     else:
         if documents:
             out.print(table)
@@ -244,18 +285,22 @@ def _dry_run(settings: Settings, month: Month, accounts: Sequence[str], actor: s
             err.print(f"and {documents - _SHOWN_MAX:,} more documents: --json shows all", highlight=False)
         sums = ", ".join(f"{amount:,f} {currency}" for currency, amount in sorted(totals.items())) or "nothing"
         err.print(f"Would issue {_count(documents, 'document')}, {sums} in sum. Nothing was changed.", highlight=False)
-        if month.period_in(_LAST_ZONE).end_us > to_micros(datetime.now(UTC)):
-            err.print(f"{month} is not over yet: this is what it holds so far.", highlight=False)
+        _show_voided(ready.voided)
+        if held_up:
+            _show_refusal(ready.missing, str(month))
+        elif ready.missing:
+            _show_missing(ready.missing)
+            err.print(f"The gate would pass over {_count(len(ready.missing), 'thing')} missing.", highlight=False)
         else:
-            err.print("Whether usage is missing, the gate asks when you close.", highlight=False)
-    if problems:
+            err.print("The gate would let it pass: nothing is missing.", highlight=False)
+    if problems or held_up:
         raise typer.Exit(EXIT_FINDINGS)
 
 
 def _document_row(one: Prepared) -> list[str]:
     document = one.document
     amounts = document.net_amount, document.tax_amount, document.total_amount, document.payable_amount
-    money = [f"{Decimal(whole(amount, document.currency)):,f}" for amount in amounts]
+    money = [f"{minor_decimal(amount, document.currency):,f}" for amount in amounts]
     money[-1] += f" {document.currency}"
     days = service_days(document.period, one.basis.customer.billing_time_zone or "UTC")
     return [escape(one.payer), days, str(len(document.lines)), *money]
@@ -272,14 +317,14 @@ def _document_data(payer: Payer, one: Prepared) -> dict[str, Any]:
         "period_end": format_instant(document.period.end_us),
         "time_zone": one.basis.customer.billing_time_zone,
         "lines": len(document.lines),
-        "lines_amount": whole(document.lines_amount, document.currency),
-        "discounts_amount": whole(document.discounts_amount, document.currency),
-        "net_amount": whole(document.net_amount, document.currency),
-        "tax_amount": whole(document.tax_amount, document.currency),
-        "total_amount": whole(document.total_amount, document.currency),
-        "credits_amount": whole(document.credits_amount, document.currency),
-        "balance_amount": whole(document.balance_amount, document.currency),
-        "payable_amount": whole(document.payable_amount, document.currency),
+        "lines_amount": str(minor_decimal(document.lines_amount, document.currency)),
+        "discounts_amount": str(minor_decimal(document.discounts_amount, document.currency)),
+        "net_amount": str(minor_decimal(document.net_amount, document.currency)),
+        "tax_amount": str(minor_decimal(document.tax_amount, document.currency)),
+        "total_amount": str(minor_decimal(document.total_amount, document.currency)),
+        "credits_amount": str(minor_decimal(document.credits_amount, document.currency)),
+        "balance_amount": str(minor_decimal(document.balance_amount, document.currency)),
+        "payable_amount": str(minor_decimal(document.payable_amount, document.currency)),
         "waits_for_review": one.basis.entity.review,
     }
 

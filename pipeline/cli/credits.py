@@ -97,9 +97,6 @@ def grant(
         str | None, typer.Option(metavar="AMOUNT", help="What is left at its end goes on, at most so much.")
     ] = None,
     rollover_minimum: Annotated[str, typer.Option(metavar="AMOUNT", help="And at least so much.")] = "0",
-    preserve_overage: Annotated[
-        bool, typer.Option("--preserve-overage", help="What was used beyond it is taken off what goes on.")
-    ] = False,
     note: Note = "",
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -127,9 +124,7 @@ def grant(
             priority,
             charges=frozenset(charge or ()),
         ),
-        None
-        if rollover is None
-        else Rollover(_number(rollover, decimals), _number(rollover_minimum, decimals), preserve_overage),
+        None if rollover is None else Rollover(_number(rollover, decimals), _number(rollover_minimum, decimals)),
     )
     with _deciding(settings) as connection:
         request = credits.request_grant(connection, asked, reason=reason, note=note, actor=settings.actor)

@@ -1,5 +1,7 @@
 """`tally invoices`: what became of documents, and all that happens to one after it was issued. Nothing edits one."""
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -8,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
+import psycopg
 import typer
 from psycopg import Connection
 from rich.markup import escape
@@ -15,14 +18,15 @@ from rich.table import Table
 
 from pipeline.billing import credit_notes, voids
 from pipeline.billing.adjustments import Adjustment
-from pipeline.billing.composing import whole
 from pipeline.billing.credit_notes import Credited, Part
 from pipeline.billing.document_lists import Link, Listed, Settlement, links, listed, settlements
+from pipeline.billing.document_lists import statement as statement_of
 from pipeline.billing.issued import Stored, find, look_at
 from pipeline.billing.own_documents import Made, bill_adjustments, payer_of, preview_adjustments
 from pipeline.billing.own_documents import reissue as issue_anew
 from pipeline.billing.payments import Settled
 from pipeline.billing.payments import pay as book_payment
+from pipeline.billing.payments import take_back as take_payment_back
 from pipeline.billing.payments import write_off as give_up
 from pipeline.billing.rerate import Month
 from pipeline.billing.reviewing import issue_reviewed
@@ -30,9 +34,11 @@ from pipeline.billing.reviewing import review as review_drafts
 from pipeline.billing.thresholds import Unbilled, bill_if_reached, with_threshold
 from pipeline.cli import render
 from pipeline.cli.context import DataDir, Json, settings_for
+from pipeline.cli.durations import duration
 from pipeline.cli.months import month_named
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out, service_days
-from pipeline.core.money import QUANTITY_DECIMALS, Minor, plain, quantity_decimal, scaled
+from pipeline.cli.workers import told_to_stop
+from pipeline.core.money import QUANTITY_DECIMALS, Minor, minor_decimal, plain, quantity_decimal, scaled
 from pipeline.core.periods import to_datetime
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
@@ -167,8 +173,9 @@ def show_document(document: Stored, linked: Sequence[Link] = (), settled: Sequen
         currency, rate, day, source = document.fx
         out.print(escape(f"1 {document.currency} = {plain(rate)} {currency} ({source}, {day})"), highlight=False)
     for one in settled:
-        booked = f"{one.at:%Y-%m-%d} {one.kind.replace('_', ' ')} {one.amount:,} by {one.by} {one.reference}"
-        out.print(escape(booked), highlight=False)
+        again = f" takes back {one.takes_back}" if one.takes_back else ""
+        what = f"{one.kind.replace('_', ' ')} {one.id}{again}: {one.amount:,}"
+        out.print(escape(f"{one.at:%Y-%m-%d} {what} by {one.by} {one.reference}"), highlight=False)
     for link in linked:
         why = f" ({link.reason_code})" if link.reason_code else ""
         what = f"{link.relation} {link.kind.replace('_', ' ')} {link.number or link.document}{why}"
@@ -182,12 +189,12 @@ class _Money:
         self._currency = currency
 
     def __call__(self, amount: Minor) -> str:
-        return f"{whole(amount, self._currency):,}"
+        return f"{minor_decimal(amount, self._currency):,}"
 
 
 def _document_data(document: Stored) -> dict[str, Any]:
     currency = document.currency
-    totals = {name: whole(amount, currency) for name, amount in document.totals._asdict().items()}
+    totals = {name: minor_decimal(amount, currency) for name, amount in document.totals._asdict().items()}
     return {
         "id": document.id,
         "kind": document.kind,
@@ -212,7 +219,7 @@ def _document_data(document: Stored) -> dict[str, Any]:
                 "quantity": plain(quantity_decimal(line.row.quantity)),
                 "unit": line.row.unit,
                 **{
-                    name: whole(getattr(line.row, name), currency)
+                    name: minor_decimal(getattr(line.row, name), currency)
                     for name in ("amount", "discount", "net", "tax", "total")
                 },
             }
@@ -318,6 +325,7 @@ def _credited(made: Credited) -> str:
     given_back = -made.total - made.taken_off - made.to_balance - made.to_refund
     if given_back > 0:
         parts.append(f"{given_back:,} had been paid by credits or coupons")
+    parts += [f"not credited: line {one.position}, which {one.taken_back_by} took back" for one in made.left_out]
     return "; ".join(parts)
 
 
@@ -357,7 +365,10 @@ def reissue(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Issue a voided invoice anew, by what is known now of customer, seller, prices and taxes."""
+    """Issue a voided invoice anew, by what is known now of customer, seller, prices and taxes.
+
+    It goes to who paid then, for the accounts that were billed together then; what their later invoices billed stays.
+    """
     settings = settings_for(data_dir)
     with _connected(settings) as connection:
         id = find(connection, number, legal_entity=entity)
@@ -382,7 +393,10 @@ def pay(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Book a payment of an invoice or, of a credit note, the refund that was paid out."""
+    """Book a payment of an invoice or, of a credit note, the refund that was paid out.
+
+    What is paid beyond what is open goes into the customer's balance, which pays for the next documents.
+    """
     try:
         wanted = None if amount is None else Decimal(amount)
     except InvalidOperation:
@@ -394,6 +408,28 @@ def pay(
         done = book_payment(connection, id, wanted, at=now, reference=reference, actor=by or settings.actor)
     before = " (it was booked before)" if done.repeated else ""
     _say(done, f"{_settled(done)}{before}", as_json=as_json)
+
+
+@invoices.command(name="take-back")
+def take_back(
+    number: Number,
+    why: Annotated[str, typer.Option(help="Why, in words; kept in the audit trail.")],
+    payment: Annotated[
+        int | None, typer.Option(help="Id of the payment (`tally invoices show`; default: the last one).")
+    ] = None,
+    entity: Entity = None,
+    by: By = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Take back a payment or refund that was booked by mistake, or that bounced: what it paid is open again."""
+    if not why.strip():
+        fail("expected --why, a reason that is kept in the audit trail", EXIT_USAGE)
+    settings = settings_for(data_dir)
+    with _connected(settings) as connection:
+        id = find(connection, number, legal_entity=entity)
+        done = take_payment_back(connection, id, payment, at=datetime.now(UTC), why=why, actor=by or settings.actor)
+    _say(done, _settled(done), as_json=as_json)
 
 
 @invoices.command(name="write-off")
@@ -418,7 +454,32 @@ def write_off(
 
 def _settled(done: Settled) -> str:
     state = done.state.replace("_", " ")
-    return f"{done.booked:,} {done.currency} booked on {done.number}: {state}, {done.open:,} open"
+    put = f"; {done.to_balance:,} to the balance, for the next documents" if done.to_balance > 0 else ""
+    taken = f"; {-done.to_balance:,} out of the balance again" if done.to_balance < 0 else ""
+    return f"{done.booked:,} {done.currency} booked on {done.number}: {state}, {done.open:,} open{put}{taken}"
+
+
+@invoices.command()
+def statement(
+    account: Annotated[str, typer.Argument(help="Who pays.")], data_dir: DataDir = None, as_json: Json = False
+) -> None:
+    """Show a customer's statement: documents, what settled them, what is open, and the balance carried forward."""
+    with _connected(settings_for(data_dir)) as connection:
+        found = statement_of(connection, account)
+    if as_json:
+        emit_json([asdict(one) for one in found])
+        return
+    for place in dict.fromkeys((one.legal_entity, one.currency) for one in found):
+        table = _table("day", "what", "number", "reference", money=("amount", "open", "to balance", "balance"))
+        for one in found:
+            if (one.legal_entity, one.currency) == place:
+                names = (f"{one.at:%Y-%m-%d}", one.kind.replace("_", " "), one.number or "", escape(one.reference))
+                amounts = (one.amount, one.open_amount, one.balance, one.balance_amount)
+                table.add_row(*names, *(f"{amount:,}" if amount else "" for amount in amounts))
+        out.print(escape(f"{account} with {place[0]}, {place[1]}"), highlight=False)
+        out.print(table)
+    if not found:
+        out.print(escape(f"no document was issued to {account}"), highlight=False)
 
 
 # -- beside the close
@@ -466,16 +527,16 @@ def _adjustment_data(one: Adjustment) -> dict[str, Any]:
         "month": str(one.month),
         "currency": one.currency,
         "original": one.original,
-        "total": whole(one.total, one.currency),
+        "total": minor_decimal(one.total, one.currency),
         "lines": [
             {
                 "role": row.role,
                 "charge": row.charge,
                 "cell": row.cell,
                 "quantity": plain(quantity_decimal(row.quantity)),
-                "net": whole(line.net, one.currency),
-                "tax": whole(line.tax, one.currency),
-                "total": whole(line.total, one.currency),
+                "net": minor_decimal(line.net, one.currency),
+                "tax": minor_decimal(line.tax, one.currency),
+                "total": minor_decimal(line.total, one.currency),
             }
             for line, row in one.lines
         ],
@@ -503,34 +564,71 @@ def threshold(
     account: Annotated[list[str] | None, typer.Argument(help="Payers (default: all that have a threshold).")] = None,
     month: Annotated[str | None, typer.Option(metavar="YYYY-MM", help="Default: the month that is running.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show how far each is, bill nothing.")] = False,
+    every: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Again and again, say every 15m, until SIGTERM or Ctrl-C.")
+    ] = None,
     by: By = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Bill usage within its period where a customer's threshold is reached. Run it as often as you like.
 
-    Exit code 4 where a customer could not be billed; the others are.
+    Exit code 4 where a customer could not be billed; the others are. With --every that is said, and tried again the
+    next time, as where PostgreSQL is away; with --json each time is one array.
     """
-    now = datetime.now(UTC)
-    of = month_named(month, "--month") if month else Month(now.year, now.month)
+    pause = None if every is None else duration(every)
+    if every is not None and not pause:
+        fail(f"expected --every 30s, 15m, 2h or 1d, got {every!r}", EXIT_USAGE)
+    named = month_named(month, "--month") if month else None
     settings = settings_for(data_dir)
+    stop = told_to_stop() if pause else threading.Event()
+    while True:
+        try:
+            problems = _bill_thresholds(settings, account or [], named, stop, by, dry_run=dry_run, as_json=as_json)
+        except psycopg.OperationalError as error:
+            if pause is None:
+                raise
+            problems = [str(error).strip()]
+        for problem in problems:
+            err.print(escape(problem), highlight=False)
+        if pause is None:
+            break
+        if stop.wait(pause.total_seconds()):
+            return
+    if problems:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _bill_thresholds(
+    settings: Settings,
+    accounts: Sequence[str],
+    month: Month | None,
+    stop: threading.Event,
+    by: str | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> list[str]:
+    """Bill each customer in a transaction of his own, until told to stop, and show it; whom it could not, and why."""
+    now = datetime.now(UTC)
+    of, actor = month or Month(now.year, now.month), by or settings.actor
     found: list[Unbilled] = []
     problems: list[str] = []
     with _connected(settings) as connection:
-        for one in account or with_threshold(connection, now):
+        for one in accounts or with_threshold(connection, now):
+            if stop.is_set():
+                break
             payer = payer_of(connection, one, now)
             try:
-                found += bill_if_reached(connection, payer, of, now=now, actor=by or settings.actor, dry_run=dry_run)
+                found += bill_if_reached(connection, payer, of, now=now, actor=actor, dry_run=dry_run)
             except ValueError as error:  # one customer's trouble is not that of the others
                 problems.append(f"{one}: {error}")
     if as_json:
         emit_json([asdict(one) | {"month": str(one.month)} for one in found])
     else:
         _show_thresholds(found)
-    for problem in problems:
-        err.print(escape(problem), highlight=False)
-    if problems:
-        raise typer.Exit(EXIT_FINDINGS)
+    sys.stdout.flush()
+    return problems
 
 
 def _show_thresholds(found: list[Unbilled]) -> None:

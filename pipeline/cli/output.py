@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from pipeline.core.periods import Period, to_datetime
 from pipeline.infra.embedded import EmbeddedError
+from pipeline.infra.postgres import NotReady
 from pipeline.infra.topics import TopicMismatch
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_FINDINGS = 1, 2, 3, 4
@@ -79,7 +80,7 @@ def run_reporting_errors(app: Callable[[], Any]) -> None:
         for problem in error.errors():
             _say(f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}, got {problem['input']!r}")
         sys.exit(EXIT_USAGE)
-    except (TopicMismatch, EmbeddedError, TimeoutError, ValueError) as error:
+    except (TopicMismatch, EmbeddedError, NotReady, TimeoutError, ValueError) as error:
         # Futures raise a TimeoutError without a word.
         _say(str(error) or "Kafka did not answer in time\nIs it running, or busy? `tally doctor` looks.")
         sys.exit(EXIT_ERROR)

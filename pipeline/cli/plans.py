@@ -1,6 +1,5 @@
 """`tally plans …`: from price files to published, immutable versions."""
 
-import re
 from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
@@ -20,6 +19,7 @@ from pipeline.catalog.source import Finding
 from pipeline.cli.backtest import backtest
 from pipeline.cli.context import DataDir, Json, settings_for
 from pipeline.cli.differences import difference_json, proposal_json, show_difference, show_proposal, state
+from pipeline.cli.durations import duration
 from pipeline.cli.output import EXIT_FINDINGS, EXIT_NOT_FOUND, EXIT_USAGE, emit_json, err, fail, out
 from pipeline.cli.publishing import (
     WAIT_S,
@@ -383,17 +383,13 @@ def _units(quantity: Quantity) -> str:
     return f"{int(whole):,}{point}{fraction}"
 
 
-_DURATION = re.compile(r"\+([0-9]{1,6})([smhd])")
-_UNIT = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-
 def _when(text: str | None) -> timedelta | Micros | None:
     if text is None:
         return None
     if text == "now":
         return timedelta(0)
-    if match := _DURATION.fullmatch(text):
-        return timedelta(**{_UNIT[match[2]]: int(match[1])})
+    if text.startswith("+") and (length := duration(text[1:])) is not None:
+        return length
     try:
         return parse_instant(text)
     except ValueError:

@@ -107,7 +107,7 @@ def _let_finance_in(settings: Settings) -> str | None:
     found = embedded.find(settings.data_dir)
     if found is None or found.postgres_dsn != settings.dsn:
         return None
-    with connect(settings.dsn, application="up", autocommit=True) as connection:
+    with connect(settings.dsn, application="up", autocommit=True, role=None) as connection:
         connection.execute("ALTER ROLE tally_finance LOGIN")
     return settings.dsn.replace("//postgres@", "//tally_finance@")
 

@@ -51,7 +51,12 @@ def alerts(data_dir: DataDir = None) -> None:
 
 def _until_told(run: Callable[[Settings, threading.Event], None], settings: Settings, *, worker: str) -> None:
     logs.configure(settings, worker=worker)
+    run(settings, told_to_stop())
+
+
+def told_to_stop() -> threading.Event:
+    """Is set once the process is told to stop, by SIGTERM or Ctrl-C, which end it no more by themselves."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run(settings, stop)
+    return stop

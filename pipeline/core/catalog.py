@@ -185,6 +185,12 @@ class Catalog:
         found = timeline.at(at_us) if timeline else None
         return found[0] if found else None
 
+    def plan(self, id: str, at_us: Micros) -> Plan | None:
+        """The version of a plan that counts at a time, if one does."""
+        timeline = self._plans.get(id)
+        found = timeline.at(at_us) if timeline else None
+        return found[0] if found else None
+
     def metered(self, segment: Segment) -> list[tuple[Charge, Meter | None]]:
         """The segment's charges with the meter that counts at its end; without those whose meter begins only later."""
         found: list[tuple[Charge, Meter | None]] = []

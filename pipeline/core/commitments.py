@@ -10,15 +10,19 @@ so a yearly window may be settled at each monthly close and trued up at the last
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
+from itertools import combinations
 from typing import Literal, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
+from pipeline.core.contracts import Contract, phase_spans
+from pipeline.core.cycles import in_words
 from pipeline.core.money import Amount, Micros, round_half_up_div
-from pipeline.core.periods import Period, local_midnight, month_of, to_datetime
+from pipeline.core.periods import NEVER, Period, local_midnight, month_of, to_datetime
+from pipeline.core.plans import Plan
 from pipeline.core.proration import share_of
 
 #: term: the whole time of the commitment is one window. Days, months and years are those of the billing time zone, a
@@ -95,6 +99,56 @@ class SettledWindow:
     settlement: Settlement
 
 
+class Sold(NamedTuple):
+    """A time in which a contract has a plan: what a commitment may count."""
+
+    contract: Contract
+    plan: Plan
+    start_us: Micros
+    end_us: Micros
+
+
+def sold(contracts: Iterable[Contract], plan_at: Callable[[str, Micros], Plan | None]) -> tuple[Sold, ...]:
+    """What contracts sell, phase by phase; ``plan_at``: a plan as it stands at a time, None where it does not yet."""
+    return tuple(
+        Sold(contract, plan, start_us, end_us)
+        for contract in contracts
+        for name, start_us, end_us in phase_spans(contract)
+        if (plan := plan_at(name, start_us)) is not None
+    )
+
+
+def check_sold(commitment: Commitment, currency: str, of_account: Iterable[Sold]) -> None:
+    """Raise ValueError for contracts of an account that one commitment cannot count together.
+
+    What a window adds is on one seller's document, and that document has to know all that the window holds: so while
+    the commitment counts, all it counts has one legal entity, and contracts at the same time have one billing cycle.
+    """
+    end_us = NEVER if commitment.end_us is None else commitment.end_us
+    counted = sorted(
+        (
+            one._replace(start_us=max(one.start_us, commitment.start_us), end_us=min(one.end_us, end_us))
+            for one in of_account
+            if one.start_us < end_us and commitment.start_us < one.end_us and one.plan.currency == currency
+            if any(commitment.counts(charge.id) for charge in one.plan.charges)
+        ),
+        key=lambda one: (one.start_us, one.contract.id),
+    )
+    named = f"commitment {commitment.id}" if commitment.id else "a commitment"
+    for one, other in combinations(counted, 2):
+        a, b = one.contract, other.contract
+        if a.legal_entity != b.legal_entity and a.legal_entity and b.legal_entity:
+            raise ValueError(
+                f"expected one legal entity to sell what {named} counts, got {a.legal_entity} by {a.id} and "
+                f"{b.legal_entity} by {b.id}: let it count the charges of one of them, or end before the other begins"
+            )
+        if a.cycle != b.cycle and one.start_us < other.end_us and other.start_us < one.end_us:
+            raise ValueError(
+                f"expected one billing cycle for what {named} counts at a time, got {in_words(a.cycle)} of {a.id} and "
+                f"{in_words(b.cycle)} of {b.id}: let it count the charges of one of them"
+            )
+
+
 def check_commitment(commitment: Commitment) -> None:
     """Raise ValueError, saying what was expected and what came, for a commitment that cannot be settled."""
     if commitment.amount <= 0:
@@ -164,6 +218,12 @@ def settle_windows(
 def first_start(commitment: Commitment, time_zone: str, at_us: Micros) -> Micros:
     """From when spending counts in the window that holds an instant: its start, or the commitment's."""
     return max(_window_at(commitment, time_zone, at_us).start_us, commitment.start_us)
+
+
+def last_end(commitment: Commitment, time_zone: str, at_us: Micros) -> Micros:
+    """When the window that holds an instant is settled: its end, or the commitment's."""
+    end_us = _window_at(commitment, time_zone, at_us).end_us
+    return end_us if commitment.end_us is None else min(end_us, commitment.end_us)
 
 
 def _windows(

@@ -6,7 +6,7 @@ Amounts of what takes back are below 0 in every column, so a document and credit
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from pipeline.core.invoice import Document, Line, Totals, tax_totals, totals_of
+from pipeline.core.invoice import Document, Line, Totals, settled_discounts, tax_totals, totals_of
 from pipeline.core.money import Minor, round_half_up_div
 from pipeline.core.tax import LineTax
 
@@ -20,7 +20,7 @@ def credited(line: Line, id: str, numerator: int, denominator: int, *, before: i
     """The credit for ``numerator / denominator`` of a line, of which ``before / denominator`` was credited before.
 
     Each amount is cut from one ruler: what is credited so far is rounded half up, and a credit is the difference. So
-    credits for parts that make up the line take back exactly the line. Net, taxes and discount are cut, the rest
+    credits for parts that make up the line take back exactly the line. Net, taxes and discounts are cut, the rest
     follows from these. A quantity of a line's quantity is such a part, and so is an amount of its amount.
 
     Raises ValueError for a part that is not above 0, or beyond what is left of the line.
@@ -36,7 +36,9 @@ def credited(line: Line, id: str, numerator: int, denominator: int, *, before: i
         return since - round_half_up_div(amount * (before + numerator), denominator)
 
     taxes = tuple(LineTax(part.tax, cut(part.base), cut(part.amount)) for part in line.taxes)
-    net, tax, discount = cut(line.net), sum(part.amount for part in taxes), cut(line.discount)
+    discounts = tuple(replace(part, amount=cut(part.amount)) for part in line.discounts)
+    net, tax = cut(line.net), sum(part.amount for part in taxes)
+    discount = sum(part.amount for part in discounts if not part.after_tax)
     inclusive = line.amount - line.discount != line.net
     return replace(
         line,
@@ -48,6 +50,7 @@ def credited(line: Line, id: str, numerator: int, denominator: int, *, before: i
         tax=tax,
         total=net + tax,
         taxes=taxes,
+        discounts=discounts,
     )
 
 
@@ -70,7 +73,8 @@ def credit_note(original: Document, lines: Sequence[Line], earlier: Iterable[Tot
         currency=original.currency,
         lines=tuple(lines),
         taxes=tax_totals(lines),
-        discounts=(),
+        # What coupons paid after tax is given back last, of the credits.
+        discounts=tuple(one for one in settled_discounts(lines) if not one.after_tax),
         draws=(),
         totals=totals_of(lines, credits=credits - credits_before, balance=balance - balance_before),
         balance_after=original.balance_after,
@@ -81,6 +85,8 @@ def _given_back(was: Totals, total: Minor) -> tuple[Minor, Minor]:
     """What of credit notes of so much in all, below 0, is credits and what is balance."""
     if was.total <= 0:
         return 0, total
+    if was.credits < 0:  # coupons that lines taken back had been paid by: owed again with what is left of the total
+        return round_half_up_div(was.credits * total, was.total), -min(max(-total - was.payable, 0), was.balance)
     beyond_payable = max(-total - was.payable, 0)
     balance = min(beyond_payable, was.balance)
     credits = min(beyond_payable - balance, was.credits)

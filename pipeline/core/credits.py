@@ -72,7 +72,8 @@ PRIORITY_DEFAULT = 100
 class Rollover:
     """What of a grant's balance goes on when it ends: between a minimum and a maximum, in the grant's own scale.
 
-    ``preserve_overage`` takes off what was used beyond the grant: the new balance starts with that debt paid.
+    ``preserve_overage`` takes off what was used beyond the grant and is not billed otherwise: the new balance starts
+    with that debt paid.
     """
 
     maximum: int
@@ -98,6 +99,8 @@ class Grant:
     granted_us: Micros = 0
     #: Charges it pays for; none named: all of them.
     charges: frozenset[str] = frozenset()
+    #: On a document for several accounts the one whose lines it pays for; "": all of them.
+    account: str = ""
 
     def valid_at(self, at_us: Micros) -> bool:
         return self.start_us <= at_us and (self.end_us is None or at_us < self.end_us)

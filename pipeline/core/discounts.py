@@ -63,6 +63,22 @@ class Discount:
     after_tax: bool = False
     #: Of the whole document: each line's exact share (1e-12), by ``Item.id``; together the amount.
     shares: tuple[tuple[str, Amount], ...] = ()
+    #: Whether it is of lines that take back or restate lines of other documents, as those ones had it.
+    restates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LineDiscount:
+    """What of a discount is on one line, in the currency's smallest unit. Below 0 where the line takes back."""
+
+    amount: Minor
+    coupon: str = ""
+    grant: str = ""
+    name: str = ""
+    #: Whether it is the line's share of one on the whole document.
+    shared: bool = False
+    #: Whether it pays the line's total: then it is no part of ``Line.discount``.
+    after_tax: bool = False
 
 
 def check_coupon(coupon: Coupon) -> None:
@@ -222,3 +238,20 @@ def invoice_discounts(
         discounts.append(Discount(taken, coupon.id, name=coupon.name, shares=of_lines))
     borne = round_together([amount * step - rest for amount, rest in zip(amounts, left, strict=True)], step)
     return discounts, borne
+
+
+def on_lines(discounts: Iterable[Discount], borne: Mapping[str, Minor]) -> dict[str, list[LineDiscount]]:
+    """What each line bears of each discount on the whole document, none of 0. ``borne``: of them all, by line."""
+    exact: defaultdict[str, list[tuple[Discount, Amount]]] = defaultdict(list)
+    for discount in discounts:
+        for id, share in discount.shares:
+            exact[id].append((discount, share))
+    found = {}
+    for id, shares in exact.items():
+        amounts = apportion(borne[id], [share for _, share in shares])
+        found[id] = [
+            LineDiscount(amount, one.coupon, name=one.name, shared=True, after_tax=one.after_tax)
+            for (one, _), amount in zip(shares, amounts, strict=True)
+            if amount
+        ]
+    return found

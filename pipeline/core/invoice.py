@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pipeline.core.apportion import apportion
 from pipeline.core.balances import carry
 from pipeline.core.credits import Grant, Owed, draw, minor_step, spread
-from pipeline.core.discounts import Coupon, Discount, invoice_discounts, line_discounts
+from pipeline.core.discounts import Coupon, Discount, LineDiscount, invoice_discounts, line_discounts, on_lines
 from pipeline.core.items import Item, Limits, LineKind
 from pipeline.core.money import Amount, Micros, Minor, round_half_up_div
 from pipeline.core.parties import Policy
@@ -28,6 +28,7 @@ __all__ = [
     "TaxTotal",
     "Totals",
     "build",
+    "settled_discounts",
     "tax_totals",
     "totals_of",
 ]
@@ -49,9 +50,17 @@ class Line:
     tax: Minor
     total: Minor
     taxes: tuple[LineTax, ...]
-    #: What credits look at: grants may pay for some charges only, and for usage of some time.
+    #: What credits look at: grants may pay for some charges only, for usage of some time, and for one account.
     charge: str = ""
     at_us: Micros = 0
+    account: str = ""
+    #: Those before tax add up to ``discount``.
+    discounts: tuple[LineDiscount, ...] = ()
+
+    @property
+    def paid_by_coupons(self) -> Minor:
+        """What coupons after tax pay of its total."""
+        return sum(one.amount for one in self.discounts if one.after_tax)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ class Document:
     #: In the order of the items, then those that were settled before.
     lines: tuple[Line, ...]
     taxes: tuple[TaxTotal, ...]
-    #: Line coupons by line, then invoice coupons in their sequence, then net credits; after tax last.
+    #: Line coupons by line, then invoice coupons in their sequence, then net credits; after tax; of settled lines last.
     discounts: tuple[Discount, ...]
     draws: tuple[CreditDraw, ...]
     totals: Totals
@@ -117,8 +126,9 @@ def build(
 
     ``treatments``: taxes by category (``tax.treatment``). ``coupons`` in the sequence they are applied in
     (``discounts.usable``). ``grants`` of this currency, with what is left of each. ``balance``: what is carried
-    forward, in the customer's favour. ``settled``: lines of other documents, with their discounts and taxes as they
-    are: no coupon and no tax of this one applies to them, but they may be paid by its credits.
+    forward, in the customer's favour. ``settled``: lines of other documents, with their taxes and discounts, those
+    after tax too, as they are: no coupon and no tax of this one applies to them, but they may be paid by its credits.
+    Grants of one account pay for its lines first, then those of all.
 
     The order of items changes nothing but that of lines. Raises ValueError for an id used twice, an unknown currency, a
     coupon of another one and a balance below 0, KeyError for a category that no treatment is given for.
@@ -131,15 +141,19 @@ def build(
     amounts = [round_half_up_div(item.amount, step) for item in ordered]
     off_lines = line_discounts(ordered, coupons, currency)
     left = _less(ordered, amounts, ((discount.line, discount.amount) for discount in off_lines))
+    parts: defaultdict[str, list[LineDiscount]] = defaultdict(list)
+    _add(parts, off_lines)
 
     # Invoice discounts, then net credits.
     off_net: list[Discount] = []
     if policy.coupons == "before_tax":
         off_net, borne = invoice_discounts(ordered, left, coupons, currency)
         left = [rest - part for rest, part in zip(left, borne, strict=True)]
+        _share(parts, off_net, ordered, borne)
     grants = [_in_steps(grant, step) for grant in grants]
     net_draws = _net_credits(ordered, left, [grant for grant in grants if grant.reduces == "net"], step)
-    off_net += [Discount(drawn.amount, grant=drawn.grant, line=drawn.line) for drawn in net_draws]
+    off_credits = [Discount(drawn.amount, grant=drawn.grant, line=drawn.line) for drawn in net_draws]
+    _add(parts, off_credits)
     left = _less(ordered, left, ((drawn.line, drawn.amount) for drawn in net_draws))
 
     # Tax on what is left.
@@ -148,10 +162,9 @@ def build(
         item.id: _line(item, amount, amount - rest, of_line, inclusive=policy.prices == "inclusive")
         for item, amount, rest, of_line in zip(ordered, amounts, left, taxes, strict=True)
     }
-    lines = (*(found[item.id] for item in items), *settled)
 
     # What pays the total: coupons, where they are after tax; total credits; the balance carried forward.
-    due = {line.id: line.total for line in lines}
+    due = {line.id: line.total - line.paid_by_coupons for line in (*found.values(), *settled)}
     off_total: list[Discount] = []
     if policy.coupons == "after_tax":
         totals, at_most = [due[item.id] for item in ordered], max(sum(due.values()), 0)
@@ -159,16 +172,18 @@ def build(
         off_total = [replace(discount, after_tax=True) for discount in off_total]
         for item, part in zip(ordered, borne, strict=True):
             due[item.id] -= part
+        _share(parts, off_total, ordered, borne)
     total_grants = [grant for grant in grants if grant.reduces == "total"]
     total_draws = _total_credits(_uses(ordered, settled, due, step), total_grants, step) if total_grants else []
 
-    paid = sum(discount.amount for discount in off_total) + sum(drawn.amount for drawn in total_draws)
+    lines = (*(replace(found[item.id], discounts=tuple(parts[item.id])) for item in items), *settled)
+    paid = sum(line.paid_by_coupons for line in lines) + sum(drawn.amount for drawn in total_draws)
     carried = carry(sum(line.total for line in lines) - paid, balance)
     return Document(
         currency=currency,
         lines=lines,
         taxes=tax_totals(lines),
-        discounts=(*off_lines, *off_net, *off_total),
+        discounts=(*off_lines, *off_net, *off_credits, *off_total, *settled_discounts(settled)),
         draws=(*net_draws, *total_draws),
         totals=totals_of(lines, credits=paid, balance=carried.applied),
         balance_after=carried.after,
@@ -196,6 +211,45 @@ def tax_totals(lines: Iterable[Line]) -> tuple[TaxTotal, ...]:
             row[0] += part.base
             row[1] += part.amount
     return tuple(TaxTotal(tax, base, amount) for tax, (base, amount) in sorted(sums.items()))
+
+
+def settled_discounts(settled: Iterable[Line]) -> tuple[Discount, ...]:
+    """The discounts of lines that take back or restate lines of other documents.
+
+    Of those on a line one each; of shares of one on a whole document together what they come to, none of 0.
+    """
+    found: list[Discount] = []
+    shared: defaultdict[tuple[bool, str, str], Minor] = defaultdict(int)
+    for line in settled:
+        for one in line.discounts:
+            if one.shared:
+                shared[one.after_tax, one.coupon, one.name] += one.amount
+            else:
+                found.append(Discount(one.amount, one.coupon, one.grant, one.name, line.id, restates=True))
+    found += [
+        Discount(amount, coupon, name=name, after_tax=after_tax, restates=True)
+        for (after_tax, coupon, name), amount in sorted(shared.items())
+        if amount
+    ]
+    return tuple(found)
+
+
+def _add(parts: Mapping[str, list[LineDiscount]], discounts: Iterable[Discount]) -> None:
+    """Note on each line what discounts on single lines take off it."""
+    for one in discounts:
+        parts[one.line or ""].append(LineDiscount(one.amount, one.coupon, one.grant, one.name))
+
+
+def _share(
+    parts: Mapping[str, list[LineDiscount]],
+    discounts: Iterable[Discount],
+    items: Iterable[Item],
+    borne: Iterable[Minor],
+) -> None:
+    """Note on each line its shares of discounts on the whole document."""
+    of_lines = {item.id: amount for item, amount in zip(items, borne, strict=True)}
+    for id, shares in on_lines(discounts, of_lines).items():
+        parts[id] += shares
 
 
 def _less(items: Iterable[Item], amounts: Iterable[Minor], off: Iterable[tuple[str | None, Minor]]) -> list[Minor]:
@@ -226,6 +280,7 @@ def _line(item: Item, amount: Minor, discount: Minor, taxes: tuple[LineTax, ...]
         taxes=taxes,
         charge=item.charge,
         at_us=item.at_us,
+        account=item.account,
     )
 
 
@@ -241,26 +296,69 @@ def _net_credits(
     items: Sequence[Item], left: Sequence[Minor], grants: Sequence[Grant], step: Amount
 ) -> list[CreditDraw]:
     """What net credits take off lines: never more than the lines come to together, those below 0 included."""
-    if not grants:
-        return []
-    payable = apportion(max(sum(left), 0), [max(rest, 0) for rest in left])
-    owed = [
-        use._replace(line=item.id)
-        for item, rest in zip(items, payable, strict=True)
-        for use in _spread(item, rest, step)
-    ]
-    return [CreditDraw(part.grant, part.line, part.amount // step) for part in draw(grants, owed).draws]
+    draws: list[CreditDraw] = []
+    payable = _payable([item.account for item in items], left) if grants else []
+    for account in _own_first(grants):
+        owed = [
+            use._replace(line=item.id)
+            for item, rest in zip(items, payable, strict=True)
+            if account in ("", item.account)
+            for use in _spread(item, rest, step)
+        ]
+        found = draw([grant for grant in grants if grant.account == account], owed).draws
+        draws += [CreditDraw(part.grant, part.line, part.amount // step) for part in found]
+        payable = _less(items, payable, ((part.line, part.amount // step) for part in found))
+    return draws
 
 
-def _total_credits(uses: Sequence[Owed], grants: Sequence[Grant], step: Amount) -> list[CreditDraw]:
-    """What total credits pay of a document: never more than it comes to, whatever some lines give back."""
-    return [CreditDraw(part.grant, None, part.amount // step) for part in draw(grants, uses).draws]
+def _payable(accounts: Sequence[str], amounts: Sequence[Minor]) -> list[Minor]:
+    """Amounts less those below 0: of each account's own, then of all."""
+    found = list(amounts)
+    for account in set(accounts):
+        places = [place for place, one in enumerate(accounts) if one == account]
+        of_account = [amounts[place] for place in places]
+        for place, part in zip(places, _at_most(max(sum(of_account), 0), of_account), strict=True):
+            found[place] = part
+    return _at_most(max(sum(amounts), 0), found)
+
+
+def _at_most(whole: Minor, amounts: Iterable[Minor]) -> list[Minor]:
+    """The whole, in proportion to the amounts above 0."""
+    return apportion(whole, [max(amount, 0) for amount in amounts])
+
+
+def _own_first(grants: Iterable[Grant]) -> list[str]:
+    """Accounts of grants, then "" for those of all."""
+    return sorted({grant.account for grant in grants}, key=lambda account: (not account, account))
+
+
+def _total_credits(uses: Iterable[Owed], grants: Sequence[Grant], step: Amount) -> list[CreditDraw]:
+    """What total credits pay of a document: never more than it comes to, whatever some lines give back.
+
+    ``uses`` are of accounts, by their ``line``: none of these has more paid by its own than its lines come to, less its
+    share in what other accounts' give back.
+    """
+    draws: list[CreditDraw] = []
+    left: list[Owed] = []
+    parts: defaultdict[str, list[Owed]] = defaultdict(list)
+    for use in uses:
+        parts[use.line].append(use)
+    sums = {account: sum(use.amount for use in parts[account]) // step for account in sorted(parts)}
+    at_most = _at_most(max(sum(sums.values()), 0), sums.values())
+    for (account, whole), most in zip(sums.items(), at_most, strict=True):
+        own = [grant for grant in grants if account and grant.account == account]
+        found = draw(own, spread(most * step, parts[account], step=step)).draws if own else ()
+        draws += [CreditDraw(part.grant, None, part.amount // step) for part in found]
+        rest = whole * step - sum(part.amount for part in found)
+        left += spread(rest, parts[account], step=step) if found else parts[account]
+    everybody = draw([grant for grant in grants if not grant.account], (use._replace(line="") for use in left)).draws
+    return [*draws, *(CreditDraw(part.grant, None, part.amount // step) for part in everybody)]
 
 
 def _uses(items: Iterable[Item], settled: Iterable[Line], due: Mapping[str, Minor], step: Amount) -> list[Owed]:
-    """What is due, at the time it was used, as uses of one thing: the document. So what a line gives back counts."""
-    uses = [use for item in items for use in _spread(item, due[item.id], step)]
-    uses += [Owed(line.at_us, line.id, "", line.charge, due[line.id] * step) for line in settled]
+    """What is due, at the time it was used, as uses of one thing of each account: so what a line gives back counts."""
+    uses = [use._replace(line=item.account) for item in items for use in _spread(item, due[item.id], step)]
+    uses += [Owed(line.at_us, line.id, line.account, line.charge, due[line.id] * step) for line in settled]
     return uses
 
 

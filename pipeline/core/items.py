@@ -43,3 +43,5 @@ class Item:
     #: at ``at_us``. Their line and charge are not looked at.
     uses: tuple[Owed, ...] = ()
     at_us: Micros = 0
+    #: Whose it is, of a document for several accounts: credits may pay for one of them only.
+    account: str = ""

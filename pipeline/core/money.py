@@ -136,6 +136,16 @@ def minor_units(currency: str) -> int:
         raise ValueError(f"expected a currency code of ISO 4217 such as USD, got {currency!r}") from None
 
 
+def minor_decimal(amount: Minor, currency: str) -> Decimal:
+    """Smallest units as whole units of the currency, exact, with its decimals. Raises ValueError when unknown."""
+    return _shifted(amount, minor_units(currency))
+
+
+def to_minor(amount: Decimal, currency: str) -> Minor:
+    """The amount in the currency's smallest unit. Raises ValueError when it is finer, or the currency unknown."""
+    return scaled(amount, minor_units(currency))
+
+
 def round_to_minor(amount: Decimal, currency: str) -> Decimal:
     """The amount rounded half up (away from zero) to the currency's minor unit, with exactly its decimals."""
     digits = minor_units(currency)

@@ -51,6 +51,8 @@ class ClosedLine:
     closings: Mapping[Counter, Closing]
     #: Units that each grant of unit credits for the charge paid for (1e-9), 0 too, by grant.
     units: Mapping[str, Quantity] = field(default_factory=dict)
+    #: Where there are such grants, what it would cost without them: what its rows come to, which no credit pays for.
+    uncredited: Amount | None = None
 
     @property
     def quantity(self) -> Quantity:
@@ -301,17 +303,25 @@ def _close_segment(
     events = {counter: gathered.events for counter, gathered in counters.items()}
     measured = {counter: gathered.measured for counter, gathered in counters.items()}
     lines = lines_of(segment, charges, closings, events, measured)
-    return [_with_units(line, grants, units) for line in lines] if grants else lines, left
+    if not grants:
+        return lines, left
+    whole = close_segment(charges, segment.pools, usage, segment.span, openings=openings) if units else closings
+    return [_with_units(line, grants, units, whole) for line in lines], left
 
 
 def _with_units(
-    line: ClosedLine, grants: Iterable[Grant], units: Mapping[Counter, Mapping[str, Quantity]]
+    line: ClosedLine,
+    grants: Iterable[Grant],
+    units: Mapping[Counter, Mapping[str, Quantity]],
+    whole: Mapping[Counter, Closing],
 ) -> ClosedLine:
+    """``whole``: what counters would cost without credits."""
     paying = [grant.id for grant in grants if grant.pays_for(line.charge.id)]
     if not paying:
         return line
     drawn = {id: sum(units.get(counter, {}).get(id, 0) for counter in line.closings) for id in paying}
-    return replace(line, units=drawn)
+    uncredited = sum(whole[counter].amount for counter in line.closings if counter in whole)
+    return replace(line, units=drawn, uncredited=uncredited)
 
 
 def lines_of(

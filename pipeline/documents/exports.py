@@ -21,7 +21,7 @@ def as_json(document: Document) -> dict[str, Any]:
     """Everything the document says, by the names of ``documents.model``; without the logo's bytes."""
     data = asdict(document)
     del data["logo"], data["branding"]
-    data["accounts"] = dict(document.accounts)
+    data["accounts"], data["own_credits"] = dict(document.accounts), dict(document.own_credits)
     for line, shown in zip(document.lines, data["lines"], strict=True):
         shown["cell"] = dict(line.cell)
     return {"version": JSON_VERSION, **data}

@@ -247,6 +247,8 @@ class Document:
     notices: tuple[Notice, ...] = ()
     #: Display names of the accounts whose lines it holds, where there are several.
     accounts: tuple[tuple[str, str], ...] = ()
+    #: What credits of these accounts' own pay of the total, by account; part of ``Totals.credits``.
+    own_credits: tuple[tuple[str, Decimal], ...] = ()
 
     @property
     def is_credit(self) -> bool:

@@ -345,7 +345,10 @@ class _Page:
             yield from map(self._tax, document.taxes)
         after_tax = [one for one in document.discounts if one.after_tax]
         yield from map(self._discounted, after_tax)
-        if credits := totals.credits - sum(one.amount for one in after_tax):
+        own = dict(document.own_credits)
+        for account, amount in own.items():
+            yield self._total(f"{say('credits')}: {dict(document.accounts).get(account, account)}", -amount)
+        if credits := totals.credits - sum(one.amount for one in after_tax) - sum(own.values()):
             yield self._total(say("credits"), -credits)
         if totals.balance:
             yield self._total(say("balance" if totals.balance * self.sign > 0 else "balance_on"), -totals.balance)

@@ -279,7 +279,14 @@ def _document(row: _Row, lines: Sequence[_Row], taxes: Sequence[_Row], discounts
         logo=(row["logo_type"], bytes(row["logo"])) if row["logo"] else None,
         notices=tuple(map(_notice, content.get("notices", ()))),
         accounts=tuple(sorted(content.get("accounts", {}).items())),
+        own_credits=_own_credits(row),
     )
+
+
+def _own_credits(row: _Row) -> tuple[tuple[str, Decimal], ...]:
+    """A credit note has its invoice's content, and gives back other amounts than that one drew."""
+    paid = {} if row["kind"] == "credit_note" else row["content"].get("credits", {})
+    return tuple((account, Decimal(amount)) for account, amount in sorted(paid.items()))
 
 
 def _party(id: str, party: _Row) -> Party:

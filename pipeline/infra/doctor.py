@@ -22,7 +22,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, Resou
 
 from pipeline.infra import embedded
 from pipeline.infra.kafka import passes
-from pipeline.infra.postgres import connect, pending
+from pipeline.infra.postgres import NotReady, connect, pending
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import TopicMismatch, Topics, check_topics
 
@@ -203,7 +203,7 @@ def _group(admin: AdminClient, group: str, command: str) -> Finding:
 def _postgres(settings: Settings) -> Iterator[Finding]:
     expected = f"PostgreSQL {POSTGRES_MIN} or newer answers"
     try:
-        with connect(settings.dsn, application="doctor") as connection:
+        with connect(settings.dsn, application="doctor", role=None) as connection:
             before = time.time()
             row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
             after = time.time()
@@ -218,7 +218,19 @@ def _postgres(settings: Settings) -> Iterator[Finding]:
     skew = max(before - row[0], row[0] - after, 0.0)
     fix = "let every machine set its clock from the same time servers (NTP)"
     yield _check("postgres clock", skew <= SKEW_MAX, f"{skew:.1f} s off", f"at most {SKEW_MAX:g} s off", fix)
-    missing = pending(settings.dsn)
+    yield from _ready(settings)
+
+
+def _ready(settings: Settings) -> Iterator[Finding]:
+    """Whether the program can work with the database: its rights come with a migration."""
+    expected = "what Tally needs may be read and written"
+    try:
+        connect(settings.dsn, application="doctor").close()
+        missing = pending(settings.dsn)
+    except NotReady as error:
+        yield Finding("rights", False, error.found, expected, error.fix)
+        return
+    yield Finding("rights", True, "granted", expected)
     found = f"not applied: {', '.join(missing)}" if missing else "all applied"
     yield _check("migrations", not missing, found, "all applied", "`tally migrate`")
 

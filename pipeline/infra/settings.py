@@ -74,6 +74,12 @@ class Settings(BaseSettings):
     )
     snapshot_interval: float = Field(600.0, gt=0, description="from one copy of a partition's state to the next")
     batch_records: int = Field(5000, ge=1, le=5000, description="most events in one transaction")
+    transactions_per_second: float = Field(
+        100.0,
+        gt=0,
+        description="about the most transactions a rater begins, all its partitions together: events of a busy one "
+        "gather meanwhile, 0.5 s at most; a full batch waits for nothing",
+    )
     dead_letter_run_max: int = Field(
         1000, ge=0, description="a partition stops after more dead letters in a row; 0 means no limit"
     )

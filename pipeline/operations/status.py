@@ -14,7 +14,7 @@ from psycopg import Connection
 
 from pipeline.core.gaps import Gap, HourTotal, Silence, because, when
 from pipeline.infra.avro import load_schemas
-from pipeline.infra.postgres import connect
+from pipeline.infra.postgres import NotReady, connect
 from pipeline.infra.settings import Settings
 from pipeline.infra.topics import Topics
 from pipeline.operations.gaps import Gaps, open_gaps, short_hours, silent_sources
@@ -68,6 +68,8 @@ class Status:
     #: Partitions that a dead-letter limit stopped.
     stopped: list[Stop] | None
     missing: Missing | None
+    #: Voided documents of which something is billed nowhere since: to be issued anew.
+    unbilled_voids: int | None
 
     @property
     def reachable(self) -> bool:
@@ -111,7 +113,7 @@ class Watcher:
             now, kafka_problem, postgres_problem = self._moment()
         self._before = now
         rater = sink = stopped = None
-        pending = rest = missing = None
+        pending = rest = missing = voids = None
         if self._kafka is not None:
             topics, kafka = self._topics, self._kafka
             try:
@@ -128,9 +130,11 @@ class Watcher:
             try:
                 pending, rest = relay(self._postgres), refused(self._postgres)
                 missing = self._missing(self._postgres, caught_up=bool(rater and sink and not rater.lag + sink.lag))
+                voids = _unbilled_voids(self._postgres)
             except psycopg.Error as error:
                 postgres_problem = self._lost_postgres(error)
-        return Status(datetime.now(UTC), kafka_problem, postgres_problem, rater, sink, pending, rest, stopped, missing)
+        now_at, problems = datetime.now(UTC), (kafka_problem, postgres_problem)
+        return Status(now_at, *problems, rater, sink, pending, rest, stopped, missing, voids)
 
     def _missing(self, connection: "Connection[Any]", *, caught_up: bool) -> Missing:
         grace_s = self._settings.sequence_grace
@@ -162,9 +166,17 @@ class Watcher:
         if self._postgres is not None:
             self._postgres.close()
         self._postgres = None
+        if isinstance(error, NotReady):
+            return str(error)
         if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
             return "PostgreSQL has no tables of Tally yet: run `tally up`, or `tally migrate` on your own server"
         return f"PostgreSQL does not answer: {_line(str(error))}"
+
+
+def _unbilled_voids(connection: "Connection[Any]") -> int:
+    row = connection.execute("SELECT count(*) FROM billing.unbilled_void").fetchone()
+    assert row is not None, "an aggregate gives one row"
+    return int(row[0])
 
 
 def _said(error: Exception) -> str:
@@ -201,6 +213,9 @@ def headline(status: Status) -> str:
         parts.insert(0, "all caught up")
     if status.missing is not None:
         parts += _missing_parts(status.missing)
+    if status.unbilled_voids:
+        documents = "document is" if status.unbilled_voids == 1 else "documents are"
+        parts.append(f"{status.unbilled_voids:,} voided {documents} billed nowhere else (finance.unbilled_voids)")
     return "; ".join(parts)
 
 
@@ -274,6 +289,7 @@ def as_json(status: Status) -> dict[str, Any]:
         if status.refused is None
         else [{"reason": reason, "rows": rows} for reason, rows in status.refused.quarantined.items()],
         "missing": None if status.missing is None else _missing_json(status.missing),
+        "unbilled_voids": status.unbilled_voids,
     }
 
 

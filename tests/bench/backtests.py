@@ -40,7 +40,7 @@ def backtests(settings: Settings) -> Iterator[Figure]:
         times_us = int(first.timestamp() * 1e6), int(last.timestamp() * 1e6)
         world.send(here, Topics(here.topic_prefix).events, world.events(EVENTS, 7, times_us))
         rated(here, EVENTS)
-        with connect(here.dsn, application="bench", autocommit=True) as connection:
+        with connect(here.dsn, application="bench", autocommit=True, role=None) as connection:
             sunk(here, connection)
         for way, candidate in (("totals", _dearer(world.catalog())), ("events", _in_tens(world.catalog()))):
             rates = []

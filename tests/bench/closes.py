@@ -41,7 +41,7 @@ def close(settings: Settings) -> Iterator[Figure]:
     with own_database(settings, "bench_close") as own:
         rates, costs = [], []
         for number in range(RUNS):
-            with connect(own.dsn, application="bench", autocommit=True) as connection:
+            with connect(own.dsn, application="bench", autocommit=True, role=None) as connection:
                 fill(connection, f"run{number}-", ACCOUNTS)
                 backend: dict[int, float] = {}
                 run = _begin(connection)
@@ -72,7 +72,7 @@ def close_100k(settings: Settings) -> Iterator[Figure]:
     """100,000 accounts on all cores, from the plan to the last commit; and what a worker grew by on the way."""
     with (
         own_database(settings, "bench_close_100k") as own,
-        connect(own.dsn, application="bench", autocommit=True) as connection,
+        connect(own.dsn, application="bench", autocommit=True, role=None) as connection,
     ):
         fill(connection, "a", MANY_ACCOUNTS)
         memory: list[tuple[int, int]] = []  # payers done, bytes of the largest worker

@@ -66,7 +66,7 @@ def line_events(settings: Settings) -> Iterator[Figure]:
     """From one line to its hundred events among ten million, with 23 other months beside theirs."""
     with (
         own_database(settings, "bench_line_events") as own,
-        connect(own.dsn, application="bench", autocommit=True) as connection,
+        connect(own.dsn, application="bench", autocommit=True, role=None) as connection,
     ):
         ensure_months(connection, [date(year, month, 1) for year in (2025, 2026) for month in range(1, 13)])
         connection.execute(_INVOICES, [_LINES])

@@ -115,7 +115,7 @@ def end_to_end(settings: Settings) -> Iterator[Figure]:
 def _way(settings: Settings, name: str, **options: Any) -> Iterator[Way]:
     with (
         world.deployment(settings, name, **options) as here,
-        connect(here.dsn, application="bench", autocommit=True) as connection,
+        connect(here.dsn, application="bench", autocommit=True, role=None) as connection,
     ):
         forget(connection)  # what another figure left would count as arrived
         with (
@@ -163,7 +163,7 @@ def _watched(settings: Settings) -> Iterator[Reached]:
     reached, stop, topic = Reached(), threading.Event(), Topics(settings.topic_prefix).rated
 
     def watch() -> None:
-        with connect(settings.dsn, application="bench", autocommit=True) as connection:
+        with connect(settings.dsn, application="bench", autocommit=True, role=None) as connection:
             stopping = False
             while not stopping:
                 stopping = stop.wait(_LOOK_EVERY_S)

@@ -44,7 +44,7 @@ def sink(settings: Settings) -> Iterator[Figure]:
     speeds = []
     with (
         world.deployment(settings, "sink") as here,
-        connect(here.dsn, application="bench", autocommit=True) as connection,
+        connect(here.dsn, application="bench", autocommit=True, role=None) as connection,
     ):
         world.send(here, Topics(here.topic_prefix).events, world.events(EVENTS))
         rated(here, EVENTS)
@@ -62,7 +62,7 @@ def sink_20m(settings: Settings) -> Iterator[Figure]:
     first = max(beginning, last - timedelta(days=14))
     with own_database(settings, "bench_20m") as own, world.deployment(own, "sink20m") as here:
         _fill(here.dsn, beginning, MONTH_ROWS)
-        with connect(here.dsn, application="bench", autocommit=True) as connection:
+        with connect(here.dsn, application="bench", autocommit=True, role=None) as connection:
             for run in range(RUNS):
                 times_us = int(first.timestamp() * 1e6), int(last.timestamp() * 1e6)
                 world.send(here, Topics(here.topic_prefix).events, world.events(EVENTS, run, times_us))
@@ -118,7 +118,7 @@ def _position(connection: "Connection[Any]", topic: str) -> int:
 @contextmanager
 def own_database(settings: Settings, name: str) -> Iterator[Settings]:
     """Settings with a database of that name beside the run's, migrated; dropped at the end."""
-    with connect(settings.dsn, application="bench", autocommit=True) as admin:
+    with connect(settings.dsn, application="bench", autocommit=True, role=None) as admin:
         admin.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
         try:
             dsn = make_conninfo(settings.dsn, dbname=name)
@@ -134,11 +134,11 @@ def _fill(dsn: str, beginning: datetime, rows: int) -> None:
     name = f"rated_usage_{month:%Y_%m}"
     table = Identifier("billing", name)
     second = calendar.monthrange(month.year, month.month)[1] * 86_400 / rows
-    with connect(dsn, application="bench", autocommit=True) as connection:
+    with connect(dsn, application="bench", autocommit=True, role=None) as connection:
         connection.execute(SQL(_CREATE).format(table))
 
         def insert(part: int) -> None:
-            with connect(dsn, application="bench", autocommit=True) as filler:
+            with connect(dsn, application="bench", autocommit=True, role=None) as filler:
                 statement = SQL(_INSERT).format(
                     table, *map(Literal, (month, second, part + 1, rows, _FILLERS, world.ACCOUNTS))
                 )

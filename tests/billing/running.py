@@ -80,8 +80,16 @@ def wait_until(holds: Callable[[], bool], what: str, *threads: SinkThread) -> No
 
 
 def query(settings: Settings, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
-    with connect(settings.dsn, application="test", autocommit=True) as connection:
+    """As the owner, who may more than the program, but is held by the same triggers."""
+    with connect(settings.dsn, application="test", autocommit=True, role=None) as connection:
         return connection.execute(statement, parameters).fetchall()
+
+
+def tamper(settings: Settings, statement: str, *parameters: object) -> None:
+    """As nobody may: past all triggers, to see that it is found out."""
+    with connect(settings.dsn, application="test", role=None) as connection:
+        connection.execute("SET LOCAL session_replication_role = replica")
+        connection.execute(statement, parameters or None)
 
 
 _INSERT_VERSION = """

@@ -12,8 +12,9 @@ import pytest
 from psycopg import Connection
 
 from pipeline.billing import credits
-from pipeline.billing.adjustments import Adjustment, late_months, lock_open, restate
+from pipeline.billing.adjustments import Adjustment, restate
 from pipeline.billing.document_lists import links
+from pipeline.billing.late_months import late_months, lock_open
 from pipeline.billing.own_documents import NotReissuable, bill_adjustments, payer_of, reissue
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.rerate import Month
@@ -70,7 +71,10 @@ def adjust(connection: "Connection[Any]", before: Month | None = NOVEMBER) -> li
     with connection.transaction():
         opened = lock_open(connection, ["acme"])
         months = late_months(connection, catalog, {"acme": ["acme"]}, opened, before=before).get("acme", [])
-        return [one for month in months for one in restate(connection, catalog, month, opened)]
+        found: list[Adjustment] = []
+        for month in months:
+            found += restate(connection, catalog, month, opened, earlier=found)
+        return found
 
 
 def table(adjustment: Adjustment) -> list[tuple[Any, ...]]:
@@ -282,6 +286,37 @@ def test_late_usage_counts_toward_the_month_s_commitment(world: DatabaseWorld, c
         ("new", "peak", 3990),
         ("reversal", "commitment 1", -4980),
     ]
+
+
+def test_late_usage_counts_toward_a_commitment_that_was_trued_up_since(
+    world: DatabaseWorld, connection: "Connection[Any]"
+) -> None:
+    """With what it costs in the end: also where entries that are not booked yet make that less than its rows."""
+    thirds = Coupon("third", 1, "a third off", "line", percent=Decimal("33.3"), charges=frozenset({"peak"}))
+    apply(connection, thirds, customer("acme", coupons=(CustomerCoupon("third", date(2026, 10, 1)),)))
+    bounds = (to_micros(datetime(2026, month, 1, tzinfo=UTC)) for month in (10, 12))
+    promised = Commitment("", 1000 * 10**12, *bounds, window="term")
+    request = credits.request_commitment(connection, "acme", "EUR", promised, note="", actor="ada")
+    credits.decide(connection, request, "approved", actor="bob")
+    world.use(["2026-10-31T00:00:00Z acme/a call - n=10"], None)
+    close(connection, world.settings, OCTOBER)
+    close(connection, world.settings, NOVEMBER)
+    assert sum_of(connection, "net_amount") == 1000
+    # The minimum of the calls takes four more up, and the peak stays.
+    world.use(["2026-10-31T01:00:00Z acme/late call - n=4"], "2026-12-02T00:00:00Z")
+    october, november = adjust(connection, None)
+    assert (october.total, november.month, november.lines) == (0, NOVEMBER, ())
+    world.use(["2026-10-31T02:00:00Z acme/later call - n=80"], "2026-12-02T00:00:00Z")
+    october, november = adjust(connection, None)
+    assert {row.charge for _, row in november.lines} == {"commitment 1"}
+    more = sum(line.net for line, _ in october.lines)
+    assert more == 2700 + 467  # 94 calls at 0.50 instead of 20.00, a peak of 80 instead of 10 less a third
+    assert sum(line.net for line, _ in november.lines) == -more
+    made = bill_adjustments(connection, payer_of(connection, "acme", NOW), now=NOW, actor="ada")
+    assert [one.kind for one in made] == ["adjustment", "adjustment"]
+    assert sum_of(connection, "net_amount") == 1000
+    assert query(world.settings, "SELECT * FROM finance.document_checks") == []
+    assert adjust(connection, None) == []
 
 
 _WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"

@@ -12,13 +12,18 @@ from psycopg import Connection
 
 from pipeline.billing import close_chunk, credits, queue
 from pipeline.billing.close import preview, work
-from pipeline.billing.close_chunk import preview_tasks, read_known, settle_money
+from pipeline.billing.close_chunk import preview_tasks
+from pipeline.billing.close_known import read_known
+from pipeline.billing.close_writing import settle_money
 from pipeline.billing.documents import NotIssuable
 from pipeline.billing.fx_rates import load as load_rates
 from pipeline.billing.invoicing_store import consolidating, mark
 from pipeline.billing.queue import Run
 from pipeline.billing.rerate import Month
 from pipeline.billing.reviewing import Moved, issue_reviewed, review
+from pipeline.billing.statements import read_booked
+from pipeline.catalog.files import read_account_files
+from pipeline.catalog.publish import Refused, publish
 from pipeline.core.commitments import Commitment, Window
 from pipeline.core.credits import GRANT_REASONS, Grant, GrantKind, Reduces, Rollover
 from pipeline.core.discounts import Coupon
@@ -348,6 +353,117 @@ def test_a_yearly_commitment_is_settled_with_each_month(world: DatabaseWorld, co
     ]
 
 
+TWO_SELLERS = """
+accounts:
+  - id: acme
+    name: Acme
+    contracts:
+      - {id: acme-1, plan: api, start: 2026-01-01, legal_entity: ours}
+      - {id: acme-2, plan: rent, start: 2026-01-01, legal_entity: theirs}
+"""
+RENT = """
+plans:
+  - {id: rent, name: Rent, currency: EUR, charges: [{id: rent, model: flat, unit_price: 40}]}
+"""
+
+
+def test_a_commitment_is_settled_on_the_document_of_who_sells_what_it_counts(
+    world: DatabaseWorld, connection: "Connection[Any]"
+) -> None:
+    """100 for the calls of one seller: nothing is used, so all of it is added to his invoice, and nothing elsewhere."""
+    world.publish(RENT, "prices", None)
+    world.publish(TWO_SELLERS, "accounts", None)
+    theirs = replace(ENTITY, id="theirs", vat_number=None)
+    apply(connection, theirs, customer("acme"))
+    promise(connection, 100, "month", charges=frozenset({"calls"}))
+    close(connection, world.settings)
+    assert query(
+        world.settings,
+        "SELECT legal_entity, line.charge, line.amount FROM billing.document_line AS line "
+        "JOIN billing.document ON document.id = line.document_id ORDER BY line.id",
+    ) == [("ours", "fee", 9), ("ours", "commitment 1", 100), ("theirs", "rent", 40)]
+
+
+QUARTERLY = """
+accounts:
+  - id: acme
+    name: Acme
+    contracts:
+      - {id: acme-1, plan: api, start: 2026-01-01}
+      - {id: acme-2, plan: rent, start: 2026-01-01, cycle: {every: quarter}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("accounts", "said"),
+    [
+        (TWO_SELLERS, "expected one legal entity to sell what commitment 1 counts, got ours by acme-1 and theirs by"),
+        (QUARTERLY, "expected one billing cycle for what commitment 1 counts at a time, got calendar months of acme-1"),
+    ],
+    ids=["two sellers", "cycles that overlap"],
+)
+def test_a_commitment_that_nobody_could_settle_is_refused(
+    world: DatabaseWorld, connection: "Connection[Any]", accounts: str, said: str
+) -> None:
+    """When contracts are loaded, when it is asked for, and, where both went by, by the close: nothing is billed."""
+    world.publish(RENT, "prices", None)
+    world.publish(ACCOUNTS, "accounts", None)
+    promise(connection, 100, "month")
+    path = world.settings.data_dir / "accounts.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(accounts)
+    with pytest.raises(Refused, match=said):
+        publish(world.settings.dsn, read_account_files([path]), actor="ada", back_dated=True)
+    world.publish(accounts, "accounts", None)
+    with pytest.raises(ValueError, match=said.replace("commitment 1", "a commitment")):
+        promise(connection, 100, "month")
+    apply(connection, replace(ENTITY, id="theirs", vat_number=None), customer("acme"), customer("umbrella"))
+    run = close(connection, world.settings, OCTOBER, "acme")
+    (failed,) = queue.failed(connection, run.id, 9)
+    assert said in (failed.problem or "")
+    assert documents(world.settings) == []
+
+
+def test_what_was_not_used_at_all_is_trued_up(world: DatabaseWorld, connection: "Connection[Any]") -> None:
+    """No fee, no usage, and a charge that has a line for each cell that is used only."""
+    world.publish(BY_CELL, "prices", None)
+    world.publish(ACCOUNTS.replace("api", "cells"), "accounts", None)
+    apply(connection, customer("acme"), customer("umbrella"))
+    promise(connection, 100, "month")
+    close(connection, world.settings)
+    assert [line[1:6] for line in lines(world.settings, "2026-000001")] == [
+        ("commitment", "new", "commitment 1", 1, 100),
+    ]
+
+
+BY_CELL = """
+meters:
+  - {id: pages, event_type: page, aggregation: sum, value: n, unit: page, dimensions: [size]}
+plans:
+  - id: cells
+    name: Cells
+    currency: EUR
+    charges: [{id: pages, meter: pages, model: per_unit, unit_price: 0.333, by: [size]}]
+"""
+
+
+def test_lines_booked_are_read_from_each_accounts_own_start(
+    world: DatabaseWorld, connection: "Connection[Any]"
+) -> None:
+    """A yearly contract in a chunk does not have it read a year of everybody's lines."""
+    world.publish(ACCOUNTS, "accounts", None)
+    apply(connection, customer("acme"), customer("umbrella"))
+    close(connection, world.settings)
+    close(connection, world.settings, NOVEMBER)
+    october, november = (to_micros(datetime(2026, month, 1, tzinfo=UTC)) for month in (10, 11))
+    found = read_booked(connection, {"acme": october, "umbrella": november})
+    assert [(one.key.account, one.service.start_us) for one in found] == [
+        ("acme", october),
+        ("acme", november),
+        ("umbrella", november),
+    ]
+
+
 def give(connection: "Connection[Any]", reduces: Reduces, amount: int, account: str = "acme") -> None:
     start = to_micros(datetime(2026, 10, 4, tzinfo=UTC))
     kind: GrantKind = "promotional" if reduces == "net" else "prepaid"
@@ -503,13 +619,3 @@ def test_a_changed_price_is_noticed(world: DatabaseWorld, connection: "Connectio
             ],
         ),
     ]
-
-
-def test_credits_it_cannot_draw_are_never_charged(world: DatabaseWorld, connection: "Connection[Any]") -> None:
-    """Those in money of a child that its parent is billed for: refused, with what to do."""
-    world.publish(CHILDREN, "accounts", None)
-    apply(connection, customer("group", consolidates=True))
-    give(connection, "total", 5, "north")
-    (failed,) = queue.failed(connection, close(connection, world.settings).id, 9)
-    assert "north has credits of its own (grant 1) but is billed with group" in (failed.problem or "")
-    assert documents(world.settings) == []

@@ -30,7 +30,7 @@ NOW = datetime(2026, 11, 2, tzinfo=UTC)
 
 @pytest.fixture
 def connection(database: Settings) -> Iterator["Connection[Any]"]:
-    with connect(database.dsn, application="test", autocommit=True) as made:
+    with connect(database.dsn, application="test", autocommit=True, role=None) as made:
         yield made
 
 

@@ -1,8 +1,10 @@
 """Credit notes, payments and voids on an issued invoice: columns come back to 0, and what was issued stays as it is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from psycopg import Connection
 from pipeline.billing import credits
 from pipeline.billing.credit_notes import NotCreditable, Part, credit
 from pipeline.billing.issued import NoDocument, find, read
-from pipeline.billing.payments import NotPayable, pay, write_off
+from pipeline.billing.own_documents import bill_adjustments, payer_of
+from pipeline.billing.payments import NotPayable, pay
 from pipeline.billing.rerate import Month
 from pipeline.billing.voids import NotVoidable, void
 from pipeline.core.credits import GRANT_REASONS, Grant, GrantKind, Reduces
@@ -41,12 +44,17 @@ COLUMNS = [f"{name}_amount" for name in ("lines", "discounts", "net", "tax", "to
 
 
 @pytest.fixture
-def connection(database: Settings, tmp_path: Path) -> Iterator["Connection[Any]"]:
+def world(database: Settings, tmp_path: Path) -> DatabaseWorld:
     """Acme used 333 calls in October."""
-    world = DatabaseWorld(tmp_path, database)
-    world.publish(PRICES, "prices", None)
-    world.publish(ACCOUNTS, "accounts", None)
-    world.use(["2026-10-03T00:00:00Z acme/a call - n=333"], None)
+    made = DatabaseWorld(tmp_path, database)
+    made.publish(PRICES, "prices", None)
+    made.publish(ACCOUNTS, "accounts", None)
+    made.use(["2026-10-03T00:00:00Z acme/a call - n=333"], None)
+    return made
+
+
+@pytest.fixture
+def connection(world: DatabaseWorld, database: Settings) -> Iterator["Connection[Any]"]:
     with connect(database.dsn, application="test", autocommit=True) as made:
         apply(made, ENTITY, TAXES, customer("acme"))
         yield made
@@ -112,6 +120,69 @@ def test_credits_bit_by_bit_add_up_to_all_of_it(connection: "Connection[Any]", i
     assert sums(connection) == [0] * 8
 
 
+def test_documents_that_took_each_other_back_are_0_together_in_any_order(
+    connection: "Connection[Any]", world: DatabaseWorld, id: int
+) -> None:
+    """October is billed, adjusted on November's invoice and once more; each is credited until nothing is left of it."""
+    world.use(["2026-10-09T00:00:00Z acme/late call - n=11"], "2026-11-02T00:00:00Z")
+    world.use(["2026-11-09T00:00:00Z acme/b call - n=50"], None)
+    (november,) = close(connection, world.settings, Month(2026, 11))
+    world.use(["2026-10-10T00:00:00Z acme/later call - n=7"], "2026-11-02T00:00:00Z")
+    (adjustment,) = bill_adjustments(connection, payer_of(connection, "acme", NOW), now=NOW, actor="ada")
+    documents = [id, november, adjustment.document]
+    for order in permutations(documents):
+        with connection.transaction(force_rollback=True):
+            given = [give(connection, one) for one in until_nothing_is_left(connection, order)]
+            assert all(one.total < 0 for one in given), order  # a credit note charges nothing
+            of_lines = connection.execute(_SELECT_LINES).fetchall()
+            assert of_lines == [(charge, *[0] * 6) for charge, *_ in of_lines], order
+            assert sums(connection) == [0] * 8, order
+            assert connection.execute("SELECT * FROM finance.document_checks").fetchall() == [], order
+
+
+_SELECT_LINES = """
+SELECT charge, sum(quantity), sum(amount), sum(discount_amount), sum(net_amount), sum(tax_amount), sum(total_amount)
+FROM billing.document_line GROUP BY charge ORDER BY charge
+"""
+
+
+def until_nothing_is_left(connection: "Connection[Any]", documents: Sequence[int]) -> Iterator[int]:
+    """The documents in turns, and again, each while crediting it is not refused."""
+    left = True
+    while left:
+        left = False
+        for one in documents:
+            with suppress(NotCreditable), connection.transaction(force_rollback=True):
+                give(connection, one)
+                left = True
+            if left:
+                yield one
+                break
+
+
+def test_a_line_that_was_taken_back_is_not_credited_once_more(
+    connection: "Connection[Any]", world: DatabaseWorld, id: int
+) -> None:
+    world.use(["2026-10-09T00:00:00Z acme/late call - n=11"], "2026-11-02T00:00:00Z")
+    bill_adjustments(connection, payer_of(connection, "acme", NOW), now=NOW, actor="ada")
+    calls = read(connection, id).lines[0].position
+    with pytest.raises(NotCreditable, match=r"line 1 of 2026-000001, which 2026-000002 took back: credit that one"):
+        give(connection, id, Part(calls))
+    note = give(connection, id)
+    assert (note.total, note.left_out) == (Decimal("-120.00"), ((calls, "2026-000002"),))
+    with pytest.raises(NotCreditable, match=r"left to credit, got 2026-000001, of which 2026-000002 took back"):
+        give(connection, id)
+    adjustment = find(connection, "2026-000002")
+    reversal, anew = (line.position for line in read(connection, adjustment).lines)
+    with pytest.raises(NotCreditable, match=r"line 1 of 2026-000002, which takes back what an earlier document billed"):
+        give(connection, adjustment, Part(reversal))
+    # Of what stands in for it all is given back by itself: then the rest of the sum is below 0, and nothing is charged.
+    assert give(connection, adjustment, Part(anew)).total == Decimal("-41.28")
+    with pytest.raises(NotCreditable, match="2026-000002, which is credited in full"):
+        give(connection, adjustment)
+    assert sums(connection)[:5] == [0] * 5
+
+
 def test_what_was_paid_is_refunded_or_goes_to_the_balance(connection: "Connection[Any]", id: int) -> None:
     paid = pay(connection, id, Decimal("159.00"), at=NOW, reference="bank 1", actor="ada")
     assert (paid.open, paid.state) == (Decimal("0.96"), "partly_paid")
@@ -128,17 +199,6 @@ def test_what_was_paid_is_refunded_or_goes_to_the_balance(connection: "Connectio
     assert state(connection, rest.document) == ("unpaid", Decimal("-39.96"))
     refunded = pay(connection, rest.document, None, at=NOW, reference="bank 2", actor="ada")
     assert (refunded.booked, refunded.state) == (Decimal("39.96"), "paid")
-
-
-def test_payments_are_bounded_and_what_is_left_can_be_given_up(connection: "Connection[Any]", id: int) -> None:
-    with pytest.raises(NotPayable, match=r"up to the 159.96 EUR open on 2026-000001, got 160.00 EUR"):
-        pay(connection, id, Decimal(160), at=NOW, reference="", actor="ada")
-    with pytest.raises(NotPayable, match="at most 2 decimals"):
-        pay(connection, id, Decimal("0.001"), at=NOW, reference="", actor="ada")
-    pay(connection, id, Decimal(100), at=NOW, reference="", actor="ada")
-    assert write_off(connection, id, at=NOW, why="insolvent", actor="ada").state == "uncollectible"
-    with pytest.raises(NotPayable, match="nothing is open on 2026-000001, which is uncollectible"):
-        write_off(connection, id, at=NOW, why="insolvent", actor="ada")
 
 
 def test_a_void_unbills_and_keeps_number_and_rows(connection: "Connection[Any]", database: Settings) -> None:

@@ -27,7 +27,7 @@ def database(settings: Settings) -> Iterator["Connection[Any]"]:
     with connect(settings.dsn, application="test", autocommit=True) as connection:
         connection.execute(
             """INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by)
-            VALUES ('account', 'acct', 1, '-infinity', '{"name": "A", "time_zone": "UTC"}', 'test')"""
+            VALUES ('account', 'acct', 1, '2020-01-01Z', '{"name": "A", "time_zone": "UTC"}', 'test')"""
         )
         yield connection
 
@@ -96,6 +96,7 @@ def test_the_database_refuses_a_person_s_own_approval(database: "Connection[Any]
 
 def test_what_was_decided_is_never_changed(database: "Connection[Any]") -> None:
     approved(database)
+    database.execute("RESET ROLE")  # the owner is held as well
     tables = ("credit_request", "credit_grant", "credit_decision", "credit_entry", "commitment", "alert", "budget")
     for table in tables:
         for statement in (f"DELETE FROM billing.{table}", f"TRUNCATE billing.{table} CASCADE"):
@@ -112,6 +113,12 @@ REFUSED: list[tuple[Grant, str, dict[str, Any], str]] = [
     (replace(GRANT, kind="service"), "USD", {}, "expected a reason code of goodwill, outage, sla_breach"),
     (replace(GRANT, reduces="units"), "calls", {}, "expected the charges that unit credits pay for"),
     (replace(GRANT, end_us=None), "USD", {"rollover": Rollover(ONE)}, "expected an end of credits that roll over"),
+    (
+        GRANT,
+        "USD",
+        {"rollover": Rollover(ONE, preserve_overage=True)},
+        "used beyond credits is billed, and would be paid",
+    ),
 ]
 
 

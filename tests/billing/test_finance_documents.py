@@ -98,7 +98,7 @@ def write(
 @pytest.fixture
 def database(shared: Settings) -> Iterator["Connection[Any]"]:
     """Of each test nothing stays."""
-    with connect(shared.dsn, application="test") as connection, connection.transaction(force_rollback=True):
+    with connect(shared.dsn, application="test", role=None) as connection, connection.transaction(force_rollback=True):
         for table in ("invoice", "invoice_line", "document", "document_line"):
             connection.execute(f"ALTER TABLE billing.{table} ALTER COLUMN id RESTART")
         connection.execute(SETUP)
@@ -156,8 +156,19 @@ BREAKS = {
         [("nothing below 0 is to be paid, but of credit notes", "R1", "0", "-1")],
     ),
     "credited twice": (
-        "UPDATE billing.document SET corrects_id = 3 WHERE id = 2",
-        [("credit notes take back no more than there was", "R2", "0", "-22.61")],
+        "UPDATE billing.document_line SET adjusts_id = 1 WHERE document_id = 2",
+        [("credit notes take back no more of a line than there was", "R1", "0", "11.89")],
+    ),
+    "credited after an adjustment took it back": (
+        "UPDATE billing.document_line SET adjusts_id = 2, role = 'reversal' WHERE document_id = 3; "
+        "UPDATE billing.document_line SET document_id = 4 WHERE document_id = 2; "
+        "UPDATE billing.document SET id = 4 WHERE id = 2; UPDATE billing.document_tax SET document_id = 4 "
+        "WHERE document_id = 2",
+        [("no credit note takes back what another document had taken back", "R1", "0", "23.80")],
+    ),
+    "a discount that no coupon gave": (
+        "INSERT INTO billing.document_discount (document_id, position, coupon, amount) VALUES (1, 1, 'ten', 1)",
+        [("discounts = discounts by coupon and grant", "R1", "0", "1")],
     ),
     "a number that is gone": (
         "DELETE FROM billing.document_tax WHERE document_id = 3; DELETE FROM billing.document_line "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -17,9 +18,10 @@ from pipeline.billing.reconcile import reconcile
 from pipeline.billing.rerate import Month
 from pipeline.catalog.invoicing_apply import apply
 from pipeline.catalog.invoicing_files import read_invoicing_files
-from pipeline.core.contracts import Account, Contract
+from pipeline.core.contracts import Account, Contract, Phase
 from pipeline.core.cycles import Cycle
-from pipeline.core.documents import kind_of, to_document
+from pipeline.core.documents import Item, kind_of, to_document
+from pipeline.core.periods import to_micros
 from pipeline.infra.embedded import Endpoints
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
@@ -60,11 +62,12 @@ class World:
     def execute(self, *statements: str) -> None:
         """As nobody may: append-only tables are set right again, too."""
         with self.connection.transaction():
+            self.connection.execute("SET LOCAL ROLE NONE")
             self.connection.execute("SET LOCAL session_replication_role = replica")
             for statement in statements:
                 self.connection.execute(statement)
 
-    def insert(self, *items: Account | Contract) -> None:
+    def insert(self, *items: Item) -> None:
         for item in items:
             self.connection.execute(
                 """INSERT INTO billing.catalog_version (kind, id, version, valid_from, document, published_by)
@@ -373,3 +376,55 @@ def test_as_json_says_everything(world: World) -> None:
     }
     (unpriced,) = world.look(estimator=None)
     assert (unpriced.likely_money, unpriced.unpriced) == ((), 1)
+
+
+def test_money_is_added_up_of_what_this_close_may_bill(world: World) -> None:
+    """A line that lost 1 holds its month up until it is issued, and again when something of its period comes late."""
+    moved = "UPDATE billing.invoice_line SET amount = amount {} 1"
+    put = "UPDATE billing.invoice SET state = '{}' WHERE supplement = 0"
+    late = """INSERT INTO billing.invoice (account, currency, period_start, period_end, supplement)
+        SELECT account, currency, period_start, period_end, 1 FROM billing.invoice"""
+    try:
+        world.execute(moved.format("-"))
+        assert set(world.kinds()) == {"reconciliation"}
+        assert "holds" in world.look()[0].what
+        before = check(world.connection, world.settings, Month(2026, 4), now=DUE)
+        assert "reconciliation" not in {one.kind for one in before}, "none of it is of a month before"
+        world.execute(put.format("issued"))
+        assert world.kinds() == []
+        assert not reconcile(world.settings).reconciled, "all history can still be asked"
+        world.execute(late)
+        assert set(world.kinds()) == {"reconciliation"}
+    finally:
+        world.execute("DELETE FROM billing.invoice WHERE supplement = 1", put.format("open"))
+        world.execute(moved.format("+"))
+    assert world.look() == []
+
+
+def test_rows_of_no_line_are_found_in_the_months_looked_at(world: World) -> None:
+    try:
+        world.execute("UPDATE billing.rated_usage SET line_id = line_id + 1000 WHERE idempotency_key = 'k0'")
+        assert any("line:None" not in one.what and "holds None" in one.what for one in world.look())
+    finally:
+        world.execute("UPDATE billing.rated_usage SET line_id = line_id - 1000 WHERE idempotency_key = 'k0'")
+    assert world.look() == []
+
+
+def test_taxes_are_judged_for_every_plan_and_tax_date_of_the_month(world: World) -> None:
+    """A plan that a contract goes over to, and a period that ends before the month does."""
+    charge = per_unit(input="0.1").charges[0]
+    later = replace(per_unit(input="0.1"), id="later", charges=(replace(charge, tax_category="reduced"),))
+    world.insert(later)
+    day_9, day_20 = (to_micros(datetime(2026, 5, day, tzinfo=UTC)) for day in (9, 20))
+    goes_over = Contract("contract-acct", 2, "acct", "basic", 0, None, later_phases=(Phase(day_20, "later"),))
+    world.insert(goes_over)
+    (untaxed,) = world.look()
+    assert (untaxed.kind, untaxed.count) == ("taxes", 1)
+    assert "reduced" in untaxed.what and "2026-05-31" in untaxed.what
+    reduced_rate = "{category: reduced, percent: 7, valid_from: 2026-05-10}"
+    world.invoicing(INVOICING.replace("2021-01-01}]", f"2021-01-01}}, {reduced_rate}]"))
+    assert world.look() == []
+    # From the 9th of a month to the 9th of the next: its tax date is 8 May, and the rate counts from the 10th on.
+    world.insert(replace(goes_over, version=3, plan="later", later_phases=(), cycle=Cycle("month", 9), end_us=day_9))
+    early = {one.kind: one for one in world.look()}["taxes"]
+    assert "reduced" in early.what and "2026-05-08" in early.what

@@ -20,7 +20,7 @@ from pipeline.core.periods import Period
 from tests.billing.invoicing import ENTITY, TAXES, customer
 
 OCTOBER = Period(1_790_812_800_000_000, 1_793_491_200_000_000)
-COLUMNS = ("exact", "amount", "discount", "net", "tax", "total")
+COLUMNS = ("exact", "amount", "discount", "net", "tax", "total", "paid_by_coupons")
 POLICIES = st.builds(
     Policy,
     tax_rounding=st.sampled_from(TAX_ROUNDINGS),
@@ -95,6 +95,8 @@ def booked(lines: list[tuple[Line, NewLine]], first: int) -> list[Booked]:
 
 def column_sums(lines: list[Line]) -> list[Any]:
     taxes = [(one.tax, one.base, one.amount) for line in lines for one in line.taxes]
+    for line in lines:
+        assert sum(part.amount for part in line.discounts if not part.after_tax) == line.discount
     by_tax = {
         tax: (sum(b for t, b, _ in taxes if t == tax), sum(a for t, _, a in taxes if t == tax)) for tax, *_ in taxes
     }
@@ -122,5 +124,10 @@ def test_each_adjustment_brings_the_month_to_what_it_should_be(
         lines += found
         whole = reckon([Difference((), due) for due in owed(month) if not due.is_nothing], basis, currency="EUR")
         assert column_sums([line for line, _ in lines]) == column_sums(list(whole.document.lines))
+        # On a document of its own the difference is of the same coupons, and they pay the same of the total.
+        shown = reckon([], replace(basis, coupons=()), currency="EUR", settled=found).document
+        assert sum(one.amount for one in shown.discounts if not one.after_tax) == shown.totals.discount
+        assert sum(one.amount for one in shown.discounts if one.after_tax) == shown.totals.credits
+        assert all(one.restates for one in shown.discounts)
         assert sum(row.quantity for _, row in lines) == sum(row.quantity for row in whole.lines)
         assert restated(owed(month), standing, basis, "EUR", None)[0] == []

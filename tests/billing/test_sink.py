@@ -513,7 +513,7 @@ def test_a_log_that_lost_unread_records_stops_the_sink(settings: Settings, rater
 
 
 def test_a_defect_ends_the_sink_loudly(settings: Settings, rater: Rater) -> None:
-    with connect(settings.dsn, application="test") as connection:
+    with connect(settings.dsn, application="test", role=None) as connection:
         connection.execute("ALTER TABLE billing.receipt RENAME TO lost")
     with rater.transaction():
         rater.receipt(receipt_record(count=1))
@@ -543,7 +543,7 @@ def test_waits_for_postgres_and_says_so_once(settings: Settings, rater: Rater, s
 
 def test_a_transaction_rolled_back_for_another_is_written_again_and_named_so(settings: Settings, rater: Rater) -> None:
     """As in a deadlock: PostgreSQL is not away, it chose."""
-    with connect(settings.dsn, application="test") as connection:
+    with connect(settings.dsn, application="test", role=None) as connection:
         connection.execute("CREATE SEQUENCE public.tries")  # a rollback does not take its numbers back
         connection.execute(
             """CREATE FUNCTION public.choose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -554,6 +554,7 @@ def test_a_transaction_rolled_back_for_another_is_written_again_and_named_so(set
         connection.execute(
             "CREATE TRIGGER choose BEFORE INSERT ON billing.receipt FOR EACH ROW EXECUTE FUNCTION public.choose()"
         )
+        connection.execute("GRANT USAGE ON SEQUENCE public.tries TO tally_program")
     with rater.transaction():
         rater.receipt(receipt_record(count=1))
     with capture_logs() as logs, running_sink(settings) as thread:

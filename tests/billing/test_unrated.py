@@ -130,7 +130,7 @@ def test_two_sinks_with_news_of_the_same_events_do_not_deadlock(settings: Settin
         except BaseException as error:  # noqa: BLE001 - handed to the test
             failed.append(error)
 
-    with connect(settings.dsn, application="test", autocommit=True) as watch:
+    with connect(settings.dsn, application="test", autocommit=True, role=None) as watch:
         apply(watch, [letter(origin, dead=False, attempts=1) for origin in (3, 5, 6)])
 
         def wait_for_waiting(sinks: int) -> None:

@@ -65,7 +65,8 @@ def launched(settings: Settings, prices: Read) -> Settings:
 
 
 def rows(settings: Settings, statement: str) -> list[TupleRow]:
-    with connect(settings.dsn, application="test", autocommit=True) as connection:
+    """As the owner, who is held by the triggers as the program is."""
+    with connect(settings.dsn, application="test", autocommit=True, role=None) as connection:
         return connection.execute(statement).fetchall()
 
 
@@ -210,7 +211,7 @@ def test_a_time_after_publishing_counts_from_the_approval(launched: Settings, pr
 def test_an_approval_that_comes_too_late_decides_nothing(launched: Settings, prices: Read) -> None:
     soon = to_micros(datetime.now(UTC) + timedelta(seconds=62))
     proposal = proposed(launched, prices(DEARER), valid_from=soon)
-    with connect(launched.dsn, application="test", autocommit=True) as connection:
+    with connect(launched.dsn, application="test", autocommit=True, role=None) as connection:
         connection.execute("ALTER TABLE billing.proposal DISABLE TRIGGER proposal_append_only")
         connection.execute("UPDATE billing.proposal SET valid_from = now() + interval '59 seconds'")
     with pytest.raises(Refused, match="60 seconds after publishing"):

@@ -162,6 +162,7 @@ def test_images_are_stored_by_their_content(world: World, tmp_path: Path) -> Non
 
 def test_versions_are_never_changed(world: World) -> None:
     world.apply(ENTITY % ("E", ""))
+    world.connection.execute("RESET ROLE")  # the owner is held as well
     for statement in ("UPDATE billing.invoicing_version SET reason = ''", "DELETE FROM billing.invoicing_version"):
         with pytest.raises(psycopg.errors.RaiseException, match="append only"), world.connection.transaction():
             world.connection.execute(statement)

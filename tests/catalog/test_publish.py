@@ -111,8 +111,11 @@ def test_new_then_unchanged_then_changed(settings: Settings, prices: Read) -> No
 
 def test_a_published_version_cannot_be_changed(settings: Settings, prices: Read) -> None:
     publish(settings.dsn, prices(PRICES), actor="test")
-    with connect(settings.dsn, application="test") as connection, pytest.raises(psycopg.Error, match="append only"):
-        connection.execute("UPDATE billing.catalog_version SET valid_from = now()")
+    with (
+        connect(settings.dsn, application="test", role=None) as owner,
+        pytest.raises(psycopg.Error, match="append only"),
+    ):
+        owner.execute("UPDATE billing.catalog_version SET valid_from = now()")
 
 
 def test_a_first_version_may_begin_at_any_time(settings: Settings, prices: Read) -> None:
@@ -487,7 +490,7 @@ def test_nothing_changes_an_issued_invoice(settings: Settings, prices: Read, acc
     publish(settings.dsn, accounts(contracts(contract("one", today - 90 * DAY_US))), actor="test")
     rate(settings, "one", today - 50 * DAY_US, today - 45 * DAY_US)
     end = today - 30 * DAY_US
-    with connect(settings.dsn, application="test") as connection:
+    with connect(settings.dsn, application="test", role=None) as connection:
         connection.execute(ISSUED, [to_datetime(end - 30 * DAY_US), to_datetime(end)])
     changes = {
         "plans[standard].id": prices(PRICES.replace("0.10", "0.2")),

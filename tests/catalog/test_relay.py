@@ -253,7 +253,7 @@ def test_a_relay_outlives_its_database_connection(settings: Settings, tmp_path: 
     publish_demo(settings)
     with relaying(settings), Topic(settings) as topic:
         topic.read_until("contract/acct-11-main/1")
-        with connect(settings.dsn, application="test", autocommit=True) as connection:
+        with connect(settings.dsn, application="test", autocommit=True, role=None) as connection:
             ended = connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND application_name = 'tally-relay'"

@@ -37,11 +37,11 @@ class Tally:
         return json.loads(self(*arguments, "--json", code=code).stdout)
 
     @contextmanager
-    def running(self, command: str) -> Iterator[None]:
+    def running(self, *command: str) -> "Iterator[subprocess.Popen[bytes]]":
         """A worker beside the test, told to stop at its end."""
-        with subprocess.Popen([sys.executable, "-m", "pipeline.cli", command], env=self._environment) as worker:
+        with subprocess.Popen([sys.executable, "-m", "pipeline.cli", *command], env=self._environment) as worker:
             try:
-                yield
+                yield worker
                 assert worker.poll() is None, "the worker ended by itself"
             finally:
                 worker.terminate()

@@ -1,6 +1,8 @@
 """``tally invoices`` as a finance person types it, from an issued invoice to what follows."""
 
+import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -103,6 +105,26 @@ def test_a_draft_is_reviewed_then_issued(world: DatabaseWorld) -> None:
     assert "payable 156.00 EUR" in tally("invoices", "show", number).stdout
 
 
+def test_thresholds_are_billed_again_and_again(world: DatabaseWorld) -> None:
+    """As a service: what is reached later is billed the next time, and SIGTERM ends it between two customers."""
+    tally = Tally(world.settings)
+    now = datetime.now(UTC)
+    assert "expected --every 30s, 15m" in tally("invoices", "threshold", "--every", "soon", code=2).stderr
+    with connect(world.settings.dsn, application="test", autocommit=True) as connection:
+        apply(connection, ENTITY, TAXES, customer("acme", threshold=10 * 10**12))
+        billed = "SELECT count(*) FROM billing.document WHERE kind = 'progress' AND state = 'issued'"
+        with tally.running("invoices", "threshold", "--every", "1s") as worker:
+            time.sleep(2)  # rounds that find nothing
+            assert connection.execute(billed).fetchone() == (0,)
+            at = now.isoformat(timespec="seconds").replace("+00:00", "Z")
+            world.use([f"{at} acme/now call - n=300"], None)
+            until = time.monotonic() + 20
+            while connection.execute(billed).fetchone() == (0,):
+                assert time.monotonic() < until, "expected it to be billed"
+                time.sleep(0.1)
+        assert worker.returncode == 0
+
+
 ZONES = """
 accounts:
   - {id: york, name: York, time_zone: America/New_York, contracts: [{id: y-1, plan: api, start: 2026-01-01}]}
@@ -134,9 +156,17 @@ def test_what_is_settled_says_so(world: DatabaseWorld) -> None:
     tally("invoices", "pay", "2026-000001", "100")
     lost = tally("invoices", "write-off", "2026-000001", "--why", "insolvent").stdout
     assert lost == "56.00 EUR given up on 2026-000001: it is uncollectible, 0.00 open\n"
-    for command in (["pay", "2026-000001"], ["pay", "2026-000001", 5], ["write-off", "2026-000001", "--why", "again"]):
+    for command in (["pay", "2026-000001"], ["write-off", "2026-000001", "--why", "again"]):
         refused = tally("invoices", *command, code=1).stderr
         assert "nothing is open on 2026-000001, which is uncollectible" in refused
+    paid = tally("invoices", "pay", "2026-000001", "60", "--reference", "bank 2").stdout
+    assert paid == "60.00 EUR booked on 2026-000001: paid, 0.00 open; 4.00 to the balance, for the next documents\n"
+    rows = [line.split()[1:] for line in tally("invoices", "statement", "acme").stdout.splitlines()]
+    assert rows[0] == ["with", "ours,", "EUR"]
+    assert ["overpayment", "2026-000001", "bank", "2", "4.00", "4.00"] in rows
+    back = tally("invoices", "take-back", "2026-000001", "--why", "bounced").stdout
+    assert back == "-60.00 EUR booked on 2026-000001: partly paid, 56.00 open; 4.00 out of the balance again\n"
+    assert "takes back" in tally("invoices", "show", "2026-000001").stdout
 
 
 def test_a_fee_in_advance_is_explained_without_usage(world: DatabaseWorld) -> None:

@@ -6,7 +6,7 @@ from confluent_kafka import Producer
 from pipeline.infra.settings import Settings
 from tests.billing.rater import Rater
 from tests.billing.records import rated_record, receipt_record
-from tests.billing.running import meter, per_unit, publish, query, running_sink, wait_until
+from tests.billing.running import meter, per_unit, publish, query, running_sink, tamper, wait_until
 
 from .running import Tally
 
@@ -44,7 +44,7 @@ def test_says_that_all_is_accounted_for(tally: Tally) -> None:
 
 
 def test_a_difference_is_exit_code_4(tally: Tally, settings: Settings) -> None:
-    query(settings, "DELETE FROM billing.rated_usage WHERE idempotency_key = 'k1' RETURNING 1")
+    tamper(settings, "DELETE FROM billing.rated_usage WHERE idempotency_key = 'k1'")
     found = tally.json("reconcile", code=4)
     assert found["reconciled"] is False
     rows = next(check for check in found["checks"] if check["name"] == "rated rows in receipts = in PostgreSQL")

@@ -26,6 +26,7 @@ FIELDS = [
     "parked",
     "quarantined",
     "missing",
+    "unbilled_voids",
 ]
 
 
@@ -40,6 +41,7 @@ def test_nothing_to_do(settings: Settings, tally: Tally) -> None:
     assert seen["caught_up"] is True
     assert seen["headline"] == "all caught up; no rater is running; no sink is running"
     assert seen["kafka"] == seen["postgres"] == {"reachable": True, "problem": None}
+    assert seen["unbilled_voids"] == 0
     assert seen["relay"] == {"pending_versions": 0, "oldest_at": None}
     assert seen["dead_letters"] == seen["parked"] == seen["quarantined"] == seen["stopped"] == []
     assert list(seen["rater"]) == ["lag", "waiting", "per_second", "seconds_left", "group", "partitions"]

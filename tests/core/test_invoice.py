@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.core.credit_notes import credit_note, credited, reversal
 from pipeline.core.credits import Grant, Owed, minor_step
 from pipeline.core.discounts import Coupon
-from pipeline.core.invoice import CreditDraw, Document, Item, Limits, Line, Totals, build
+from pipeline.core.invoice import CreditDraw, Document, Item, Limits, Totals, build
 from pipeline.core.parties import COUPONS_APPLY, PRICES, TAX_ROUNDINGS, Policy
 from pipeline.core.tax import Tax, Treatment
 
@@ -185,6 +185,24 @@ def test_credits_pay_for_an_adjustment_by_its_charge_and_time() -> None:
     assert bill([], settled=[late], grants=[credits(5_000, start_us=4)]).totals.credits == 0
 
 
+def test_credits_of_an_account_pay_for_its_lines_before_those_of_all() -> None:
+    """North has 10.00 and 2.00 tax, of which it pays 9.00; the 12.00 of all pay the other 3.00, and 9.00 for South."""
+    items = [item("n", 1_000, account="north"), item("s", 1_000, account="south")]
+    own = credits(900, id="own", account="north")
+    assert bill(items, grants=[credits(1_200), own]).draws == (
+        CreditDraw("own", None, 900),
+        CreditDraw("g", None, 1_200),
+    )
+    assert bill(items, grants=[credits(5_000, account="north")]).totals.credits == 1_200
+    assert [line.net for line in bill(items, grants=[credits(5_000, reduces="net", account="north")]).lines] == [
+        0,
+        1_000,
+    ]
+    # Half of what South gets back is taken off what North owes, as off what Group owes.
+    back = [*items[:1], item("g", 1_000, account="group"), item("s", -1_000, account="south")]
+    assert bill(back, grants=[credits(5_000, account="north")]).totals.credits == 600
+
+
 # -- credit notes
 
 
@@ -250,6 +268,7 @@ def arguments(seed: int, *, at_least: int = -(10**6)) -> dict[str, Any]:
                 random.randint(0, 9),
                 reduces=random.choice(["net", "total"]),
                 charges=some_charges(random),
+                account=random.choice(["", "north", "south"]),
             )
             for number in range(random.randint(0, 3))
         ],
@@ -273,6 +292,7 @@ def some_item(random: Random, id: str, at_least: int, step: int) -> Item:
         limits=limits,
         gross=gross,
         at_us=random.randint(0, 9),
+        account=random.choice(["group", "north", "south"]),
     )
 
 
@@ -291,7 +311,7 @@ SEEDS = st.integers(0, 2**32)
 LAWS = settings(max_examples=200, deadline=None)
 
 
-def check(found: Document, settled: Sequence[Line] = ()) -> None:
+def check(found: Document) -> None:
     """Every sum that a document shows."""
     totals = found.totals
     for number, name in enumerate(("amount", "discount", "net", "tax", "total")):
@@ -301,6 +321,7 @@ def check(found: Document, settled: Sequence[Line] = ()) -> None:
         assert line.tax == sum(part.amount for part in line.taxes)
         assert {part.base for part in line.taxes} == {line.net}
         assert line.amount - line.discount in (line.net, line.total)
+        assert line.discount == sum(part.amount for part in line.discounts if not part.after_tax)
     assert totals.tax == sum(row.amount for row in found.taxes)
     by_tax: dict[Tax, list[int]] = {}
     for part in (part for line in found.lines for part in line.taxes):
@@ -309,9 +330,7 @@ def check(found: Document, settled: Sequence[Line] = ()) -> None:
         sums[1] += part.amount
     assert {row.tax: [row.base, row.amount] for row in found.taxes} == by_tax
     assert totals.payable == totals.total - totals.credits - totals.balance
-    assert totals.discount == sum(one.amount for one in found.discounts if not one.after_tax) + sum(
-        line.discount for line in settled
-    )
+    assert totals.discount == sum(one.amount for one in found.discounts if not one.after_tax)
 
 
 def check_paid(found: Document, grants: Iterable[Grant]) -> None:
@@ -324,6 +343,17 @@ def check_paid(found: Document, grants: Iterable[Grant]) -> None:
         assert part.amount > 0
         drawn[part.grant] += part.amount * minor_step(found.currency)
     assert all(drawn[grant.id] <= grant.amount for grant in grants)
+    account_of = {grant.id: grant.account for grant in grants if grant.account}
+    owner_of = {line.id: line.account for line in found.lines}
+    assert all(
+        owner_of[one.line or ""] == account_of[one.grant]
+        for one in found.discounts
+        if one.grant in account_of and not one.restates
+    )
+    for account in set(account_of.values()):
+        own = [one.amount for one in found.draws if one.line is None and account_of.get(one.grant) == account]
+        due = sum(line.total - line.paid_by_coupons for line in found.lines if line.account == account)
+        assert sum(own) <= max(due, 0)
 
 
 @LAWS
@@ -331,13 +361,15 @@ def check_paid(found: Document, grants: Iterable[Grant]) -> None:
 def test_the_header_is_the_sum_of_the_lines_in_every_column(seed: int, of_other: int) -> None:
     given, other = arguments(seed), arguments(of_other)
     check(build(**given))
-    earlier = build(**{**other, "currency": given["currency"], "coupons": []}).lines
+    coupons = [coupon for coupon in other["coupons"] if coupon.currency in (None, given["currency"])]
+    earlier = build(**{**other, "currency": given["currency"], "coupons": coupons}).lines
     settled = [reversal(line, f"less {line.id}") for line in earlier]
     found = build(**given, settled=settled)
-    check(found, settled)
+    check(found)
     assert found.totals.payable >= 0
     assert found.balance_after >= 0
-    assert 0 <= found.totals.credits <= max(found.totals.total, 0)
+    paid_before = sum(line.paid_by_coupons for line in settled)
+    assert 0 <= found.totals.credits - paid_before <= max(found.totals.total - paid_before, 0)
     check_paid(found, given["grants"])
 
 
@@ -370,8 +402,12 @@ def test_an_invoice_and_credit_notes_on_all_of_it_sum_to_0_in_every_column(seed:
         before = sum(parts[:number])
         lines = [credited(line, f"{line.id}/{number}", part, sum(parts), before=before) for line in invoice.lines]
         notes.append(credit_note(invoice, lines, [note.totals for note in notes]))
-        check(notes[-1], lines)
+        check(notes[-1])
     assert not any(total([invoice, *notes]))
+    by_coupon: dict[tuple[str, str], int] = {}
+    for off in (off for document in (invoice, *notes) for off in document.discounts if not off.after_tax):
+        by_coupon[off.coupon, off.grant] = by_coupon.get((off.coupon, off.grant), 0) + off.amount
+    assert not any(by_coupon.values())
     by_tax: dict[Tax, int] = {}
     for row in (row for document in (invoice, *notes) for row in document.taxes):
         by_tax[row.tax] = by_tax.get(row.tax, 0) + row.amount

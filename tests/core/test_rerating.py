@@ -309,6 +309,25 @@ def test_rows_that_do_not_add_up_are_named_as_that() -> None:
     assert (entry.reasons, entry.amount, entry.quantity) == ((Cause.ROWS_DIFFER,), -1, 0)
 
 
+def test_rows_that_do_not_add_up_are_named_beside_a_credit() -> None:
+    """5 calls at 1.00, of which 2 are credited: that explains 2.00, and not a row that was lost or repeated."""
+    one = world(small(Charge("c", "calls", "per_unit", Decimal(1))), ACCOUNT, CONTRACT)
+    one.use(["2026-10-05T00:00:00Z acme/k call - n=5"], None)
+    grant = Grant("units", 2 * UNIT, reduces="units", charges=frozenset({"c"}))
+    closed = close_period(one.catalog, "acme", closed_period(), [use("k", 5, n="5")], grants=[grant])
+    (line,) = one.lines("acme", MONTH)
+    whole = line.amount
+
+    def reasons(rows: int, booked: int = 0) -> tuple[Cause, ...]:
+        (entry,) = differences(closed, [replace(line, amount=rows + booked, booked=booked)])
+        return entry.reasons
+
+    assert whole == scaled(Decimal(5), AMOUNT_DECIMALS)
+    assert reasons(whole) == (Cause.CREDITED,)
+    assert reasons(whole, booked=-whole) == (Cause.CREDITED,)
+    assert reasons(2 * whole) == reasons(whole - 1) == (Cause.CREDITED, Cause.ROWS_DIFFER)
+
+
 def test_a_segment_cut_short_gives_less_for_free() -> None:
     """Rated with a whole month's 31 included units; then the contract is ended after half the month."""
     charge = Charge("calls", "calls", "per_unit", Decimal(1), included=31 * UNIT)

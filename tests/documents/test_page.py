@@ -53,6 +53,13 @@ def test_the_totals_lead_from_the_lines_to_what_is_due() -> None:
     assert shown(of)["headline"] == {"amount": "€100.00", "text": "due 2 December 2026"}
 
 
+def test_what_an_account_pays_of_a_group_s_document_is_said() -> None:
+    of = document([fee_line("Plan", "1", "100")], percent="0", credits="40.40")
+    of = replace(of, accounts=(("north", "North Ltd"),), own_credits=(("north", Decimal("10.40")),))
+    paid = [(label, amount) for label, amount in totals_of(of).items() if label.startswith("Paid")]
+    assert paid == [("Paid with prepaid credits: North Ltd", "−€10.40"), ("Paid with prepaid credits", "−€30.00")]
+
+
 def test_a_credit_note_says_what_it_gives_back() -> None:
     of = shown(samples.french_credit_note())
     assert of["title"] == "Avoir"

@@ -34,6 +34,7 @@ def test_all_is_well_but_for_the_workers(settings: Settings) -> None:
         "broker clock",
         "postgres",
         "postgres clock",
+        "rights",
         "migrations",
     } <= findings.keys()
 
@@ -97,6 +98,16 @@ def test_pending_migration_is_named(settings: Settings) -> None:
     assert not migrations.ok
     assert "0001.tables" in migrations.found
     assert migrations.fix == "`tally migrate`"
+
+
+def test_rights_that_are_missing_are_named(settings: Settings) -> None:
+    """As in a database from before there was the role: nothing else can be asked of it."""
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        connection.execute("REVOKE USAGE ON SCHEMA billing FROM tally_program")
+    findings = _findings(settings)
+    assert not findings["rights"].ok and "gives the program no rights" in findings["rights"].found
+    assert findings["rights"].fix == "`tally migrate`, with the DSN of the owner"
+    assert findings["postgres clock"].ok and "migrations" not in findings
 
 
 def test_broker_clock_ahead(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

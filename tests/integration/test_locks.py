@@ -91,7 +91,7 @@ def _hold(settings: Settings) -> float:
 
 def _drop_uniqueness(settings: Settings) -> None:
     """Of the rows' table, before it has partitions: those are made like it."""
-    with connect(settings.dsn, application="test") as connection:
+    with connect(settings.dsn, application="test", role=None) as connection:
         [[name]] = connection.execute(
             "SELECT conname FROM pg_constraint WHERE conrelid = 'billing.rated_usage'::regclass AND contype = 'u'"
         ).fetchall()

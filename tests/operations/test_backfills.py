@@ -17,6 +17,7 @@ from pipeline.operations.backfills import BackfillError, Outcome, Staged
 from pipeline.operations.corrections import Decision
 from pipeline.operations.events import Mend
 from pipeline.operations.peek import peek
+from tests.billing.running import query
 from tests.operations.world import OUTPUT_PRICE, SCHEMAS, World, account_items, eventually
 
 #: Killed when Kafka has confirmed the first portion, and nobody wrote that down.
@@ -145,7 +146,7 @@ def test_a_command_that_was_cut_off_sends_nothing_after_a_revert(world: World, c
 
         def on_step(step: str) -> None:
             if step == cut_off:
-                world.scalar("SELECT pg_terminate_backend(%s, 10000)", zombie.info.backend_pid)
+                query(world.settings, "SELECT pg_terminate_backend(%s, 10000)", zombie.info.backend_pid)
                 assert revert(world) == (0, "reverted")
 
         with pytest.raises(BackfillError, match="Kafka did not confirm 5 events"):

@@ -10,6 +10,7 @@ from pipeline.infra.settings import Settings
 from pipeline.operations import lag as lag_module
 from pipeline.operations.lag import StageLag
 from pipeline.operations.status import Status, Watcher, as_json, headline
+from tests.billing.running import query, tamper
 from tests.operations.world import World, eventually
 
 
@@ -109,9 +110,10 @@ def test_says_what_is_away_and_comes_back(world: World, monkeypatch: pytest.Monk
 
     with closing(Watcher(world.settings)) as watcher:
         assert watcher.look().reachable
-        world.connection.execute(
+        query(
+            world.settings,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE application_name = 'tally-status' AND datname = current_database()"
+            "WHERE application_name = 'tally-status' AND datname = current_database()",
         )
         assert watcher.look().postgres_problem is not None
         assert watcher.look().reachable
@@ -121,7 +123,7 @@ def test_no_address_and_no_tables_are_said(world: World) -> None:
     with closing(Watcher(Settings(kafka_bootstrap=None, postgres_dsn=None))) as watcher:
         status = watcher.look()
     assert "tally up" in (status.kafka_problem or "") and "tally up" in (status.postgres_problem or "")
-    world.connection.execute("DROP SCHEMA billing CASCADE")
+    tamper(world.settings, "DROP SCHEMA billing CASCADE")
     with closing(Watcher(world.settings)) as watcher:
         assert "tally migrate" in (watcher.look().postgres_problem or "")
     other = world.settings_with(topic_prefix=f"{world.settings.topic_prefix}none-")

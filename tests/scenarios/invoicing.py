@@ -31,7 +31,7 @@ from psycopg.rows import dict_row
 from pipeline.billing import credits
 from pipeline.billing.credit_notes import Part, credit
 from pipeline.billing.fx_rates import load as load_rates
-from pipeline.billing.issued import find, minor
+from pipeline.billing.issued import find
 from pipeline.billing.own_documents import bill_adjustments, payer_of, reissue
 from pipeline.billing.rerate import Month
 from pipeline.billing.thresholds import bill_if_reached
@@ -39,7 +39,7 @@ from pipeline.billing.voids import void
 from pipeline.catalog.invoicing_files import read_invoicing_files
 from pipeline.core.commitments import Commitment, Window
 from pipeline.core.credits import GRANT_KINDS, GRANT_REASONS, REDUCES_BY_DEFAULT, Grant
-from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, minor_units, plain, scaled
+from pipeline.core.money import AMOUNT_DECIMALS, QUANTITY_DECIMALS, minor_units, plain, scaled, to_minor
 from pipeline.core.parties import DOCUMENT_KINDS
 from pipeline.core.periods import parse_instant, to_datetime
 from pipeline.infra.settings import Settings
@@ -68,7 +68,7 @@ LEFT JOIN billing.document ON document.id = original.document_id WHERE line.docu
 _SELECT_TAXES = "SELECT * FROM billing.document_tax WHERE document_id = %s ORDER BY position"
 _SELECT_DISCOUNTS = """
 SELECT name, sum(amount) AS amount FROM billing.document_discount WHERE document_id = %s
-GROUP BY name ORDER BY min(position)
+GROUP BY name HAVING sum(amount) <> 0 ORDER BY min(position)
 """
 _SELECT_TOGETHER = """
 SELECT charge, min(currency) AS currency, sum(quantity) AS quantity, sum(amount) AS amount,
@@ -222,6 +222,8 @@ def _sums(document: Row, discounts: Sequence[Row], taxes: Sequence[Row]) -> list
         rows.append(row(name, net=one["base_amount"], tax=one["tax_amount"]))
     if document["credits_amount"]:
         rows.append(row("taken off the total", total=-document["credits_amount"]))
+    for account, paid in document["content"].get("credits", {}).items():
+        rows.append(row(f"of it {account}'s credits", total=-Decimal(paid)))
     if document["balance_amount"]:
         name = "balance from before" if document["balance_amount"] > 0 else "balance for the next"
         rows.append(row(name, total=-document["balance_amount"]))
@@ -240,7 +242,7 @@ def _money(currency: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     """The cells of the columns of money, with the currency's decimals; ``-`` where the row has none."""
     digits = minor_units(currency)
     # From the smallest unit, which refuses what is finer: nothing is rounded for the table only.
-    whole = {name: Decimal(minor(row[name], currency)).scaleb(-digits) for name in MONEY if name in row}
+    whole = {name: Decimal(to_minor(row[name], currency)).scaleb(-digits) for name in MONEY if name in row}
     return tuple(f"{whole[name]:.{digits}f}" if name in whole else "-" for name in MONEY)
 
 

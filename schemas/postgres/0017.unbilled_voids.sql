@@ -1,0 +1,72 @@
+-- What was voided and is billed nowhere since: nothing reminds of it but this, since its month is closed.
+
+CREATE INDEX document_void ON billing.document (tax_date) WHERE state = 'void';
+
+-- Issued anew, or billed with a later document as an adjustment of its month, all of its lines stand somewhere again.
+CREATE VIEW billing.unbilled_void AS
+SELECT document.id AS document_id, document.number, document.kind, document.account, document.legal_entity,
+    document.currency, document.total_amount, document.tax_date, document.void_reason_code, document.voided_at,
+    document.voided_by
+FROM billing.document
+WHERE document.state = 'void' AND document.kind IN ('invoice', 'adjustment')
+    AND NOT EXISTS (
+        SELECT FROM billing.document AS again
+        WHERE again.corrects_id = document.id AND again.reason_code = 'reissue' AND again.state <> 'void'
+    )
+    AND EXISTS (
+        SELECT FROM billing.document_line AS line
+        WHERE line.document_id = document.id AND line.role = 'new' AND NOT EXISTS (
+            SELECT FROM billing.document_line AS again JOIN billing.document AS later ON later.id = again.document_id
+            WHERE (again.account, again.contract, again.charge, again.cell, again.segment_start)
+                    = (line.account, line.contract, line.charge, line.cell, line.segment_start)
+                AND again.period_end >= line.period_start AND again.role = 'new'
+                AND later.state IN ('reviewed', 'issued') AND later.kind <> 'credit_note'
+        )
+    );
+COMMENT ON VIEW billing.unbilled_void IS 'Voided invoices and adjustments of which something is billed nowhere since: neither issued anew nor billed with a later document';
+
+CREATE VIEW finance.unbilled_voids AS
+SELECT
+    void.document_id AS document_id,
+    void.number AS number,
+    void.kind::text AS kind,
+    void.account AS account,
+    void.legal_entity AS legal_entity,
+    void.currency AS currency,
+    void.total_amount AS total_amount,
+    void.tax_date AS tax_date,
+    void.void_reason_code AS reason,
+    void.voided_at AS voided_at,
+    void.voided_by AS voided_by
+FROM billing.unbilled_void AS void;
+COMMENT ON VIEW finance.unbilled_voids IS 'Voided invoices and adjustments of which something is billed nowhere since: to be issued anew, where they were not withdrawn for good';
+COMMENT ON COLUMN finance.unbilled_voids.document_id IS 'Document (finance.invoices)';
+COMMENT ON COLUMN finance.unbilled_voids.number IS 'Its number, which stays used';
+COMMENT ON COLUMN finance.unbilled_voids.kind IS 'invoice or adjustment';
+COMMENT ON COLUMN finance.unbilled_voids.account IS 'Who was to pay';
+COMMENT ON COLUMN finance.unbilled_voids.legal_entity IS 'Who sold';
+COMMENT ON COLUMN finance.unbilled_voids.currency IS 'ISO 4217 currency of the amount';
+COMMENT ON COLUMN finance.unbilled_voids.total_amount IS 'What it came to, with tax';
+COMMENT ON COLUMN finance.unbilled_voids.tax_date IS 'Its tax date: the last day of its period';
+COMMENT ON COLUMN finance.unbilled_voids.reason IS 'Why it was voided, as a code';
+COMMENT ON COLUMN finance.unbilled_voids.voided_at IS 'When it was voided, UTC';
+COMMENT ON COLUMN finance.unbilled_voids.voided_by IS 'Who voided it';
+
+CREATE OR REPLACE VIEW finance.versions AS
+SELECT
+    change.version AS version,
+    change.what AS change
+FROM (VALUES
+    (1, 'open_invoices, invoice_lines, rated_usage, line_events, unrated_usage, quarantined_usage'),
+    (2, 'usage_gaps'),
+    (3, 'credits, credit_balances, credit_entries, commitments, alerts; provisional amounts'),
+    (4, 'price_changes, usage_corrections, close_entries'),
+    (5, 'supplements in open_invoices'),
+    (6, 'exchange_rates, invoicing_changes'),
+    (7, 'invoices, document_lines, document_taxes, document_discounts, credit_notes, adjustments'),
+    (8, 'document_line_events; line_events reads only the months it needs'),
+    (9, 'unbilled_usage, usage_vs_billed, receivables, settlements, balances, balance_entries'),
+    (10, 'numbers, close_runs, document_checks, columns, versions'),
+    (11, 'unbilled_voids')
+) AS change (version, what)
+ORDER BY change.version;
