@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeline.core.catalog import EARLY_US
+from pipeline.core.periods import NEVER
 from pipeline.core.reasons import Reason, Rejection, Stage
 from pipeline.core.usage import DecodedEvent, Event, Record, Refused
 from pipeline.infra.topics import EVENT_BYTES_MAX, partition_of
@@ -61,11 +62,14 @@ def accept(
     events: list[Event] = []
     refused: list[Refused] = []
     homes, fastpath = _homes.setdefault(partitions, {}), compiled.fastpath
+    latest_us = now_ms * 1000 + EARLY_US if own_only else NEVER
     keep = events.append
     at, end = 0, len(records)
     while True:
         if fastpath is not None:
-            at = fastpath.accept_plain(records, at, frames, homes, partition, own_only, _LIMITS, events, arrivals)
+            at = fastpath.accept_plain(
+                records, at, frames, homes, partition, own_only, latest_us, _LIMITS, events, arrivals
+            )
         if at == end:
             break
         record = records[at]

@@ -41,6 +41,7 @@ def accept_plain(
     homes: dict[bytes, int],
     partition: int,
     own_only: bool,
+    latest_us: int,
     limits: tuple[int, ...],
     events: list[Event],
     arrivals: Arrivals,

@@ -1,15 +1,19 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: allow_none_for_extension_args=False
 """The plain way of a usage event through ``accept``, ``enrich`` and ``rate``, compiled: most of a rater's time goes here.
 
 Takes what is plain and stops at the first record that is not: it refuses nothing, names no reason and knows no rule that
 the Python beside it does not. Each stage goes on from ``start`` and returns where it stopped; the caller takes that
 one record in Python and calls again. So whatever this file does not do is slow, never wrong, and Tally runs without it
 (no C compiler at installation). ``tests/rating/test_fastpath.py`` holds both ways against each other.
+
+The GIL is held throughout; Python runs only where a record, a price, a measure or a rule is asked. What a ``PyObject*``
+or a ``char*`` points at is therefore borrowed over no such call, unless a variable here, or an argument, holds it.
 """
 
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.dict cimport PyDict_GetItem, PyDict_SetItem, PyDict_Size
+from cpython.dict cimport PyDict_GetItem, PyDict_SetItem
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
@@ -99,7 +103,7 @@ cdef class PlainEvent:
     def properties(self):
         return self.all_properties()
 
-    cdef inline const uint8_t* data(self):
+    cdef inline const uint8_t* data(self) noexcept:
         return <const uint8_t*>PyBytes_AS_STRING(self.value)
 
     cdef dict all_properties(self):
@@ -115,7 +119,7 @@ cdef class PlainEvent:
             self.made_properties = made
         return self.made_properties
 
-    cdef bint find(self, bytes wanted, Span* value):
+    cdef bint find(self, bytes wanted, Span* value) noexcept:
         """Where the value of a property stands; False without one."""
         cdef const uint8_t* data = self.data()
         cdef const char* text = PyBytes_AS_STRING(wanted)
@@ -129,14 +133,13 @@ cdef class PlainEvent:
         return False
 
     def __iter__(self):
-        yield from (self.record, self.identity, self.payload, self.key, self.account, self.event_type)
-        yield from (self.timestamp_us, self.properties)
+        named = self.key, self.account, self.event_type, self.timestamp_us, self.properties
+        return iter((self.record, self.identity, self.payload, *named))
 
     def __eq__(self, other):
+        if not isinstance(other, (PlainEvent, tuple)):
+            return NotImplemented
         return tuple(self) == tuple(other)
-
-    def __hash__(self):
-        return hash(self.identity)
 
 
 cdef inline void _next_text(const uint8_t* data, Py_ssize_t* at, Span* span) noexcept nogil:
@@ -198,7 +201,10 @@ cdef class PlainLines:
             self.factors[i] = factors[i]
             if not -(1 << 126) < offsets[i] < 1 << 126:
                 raise OverflowError
-            self.offsets[i] = (<int128_t><int64_t>(offsets[i] >> 64) << 64) + <uint64_t>(offsets[i] & 0xFFFFFFFFFFFFFFFF)
+            # In two halves, as Cython knows no int of 128 bits. Not shifted: the upper one may be negative.
+            self.offsets[i] = (
+                <int128_t><int64_t>(offsets[i] >> 63) * (<int128_t>1 << 63) + <int64_t>(offsets[i] & INT64_MAX)
+            )
 
     cdef object of(self, object quantity):
         cdef int overflow = 0
@@ -211,7 +217,8 @@ cdef class PlainLines:
             return self.at_zero
         while n > self.bounds[tier]:
             tier += 1
-        cost = (<int128_t>n * self.factors[tier] + self.offsets[tier]) / self.divisor
+        # At most 2**126 each, so the sum fits. Costs are never negative: C, which cuts off, divides as Python does.
+        cost = (<int128_t>n * self.factors[tier] + self.offsets[tier]) // self.divisor
         if cost > INT64_MAX:
             return self.exact(quantity)
         return <int64_t>cost
@@ -300,14 +307,15 @@ def accept_plain(
     dict homes,
     long partition,
     bint own_only,
+    int64_t latest_us,
     tuple limits,
     list events,
     Arrivals arrivals,
 ):
     """Decode and check records from ``start`` on, as ``accept`` does; returns the index of the first it did not take.
 
-    ``homes``: the partition of each account met so far. ``limits``: age and lead in microseconds, then most bytes of an
-    event, key, account, event type and source.
+    ``homes``: the partition of each account met so far. ``latest_us``: no event's time is later. ``limits``: age and
+    lead in microseconds, then most bytes of an event, key, account, event type and source.
     """
     cdef int64_t age_max_us = limits[0], ahead_max_us = limits[1]
     cdef Py_ssize_t event_max = limits[2], key_max = limits[3], account_max = limits[4]
@@ -349,9 +357,8 @@ def accept_plain(
             and _text(data, size, &at, &account, &ascii)
             and _text(data, size, &at, &event_type, &ascii)
             and _varint(data, size, &at, &timestamp_us)
+            and _text(data, size, &at, &subject, &ascii)
         ):
-            return index
-        if not _text(data, size, &at, &subject, &ascii):
             return index
         # Properties: one block of entries and the empty block behind it; none at all is the empty block alone.
         if not _varint(data, size, &at, &block) or block < 0 or block > PROPERTIES_MAX:
@@ -387,8 +394,12 @@ def accept_plain(
                 return index
 
         appended_ms = record.timestamp
+        # Within a quarter of what 64 bits hold; a varint of nine bytes, within half: their difference fits.
+        if not -INT64_MAX // 4000 < appended_ms < INT64_MAX // 4000:
+            return index
         if not (
             -age_max_us <= timestamp_us - appended_ms * 1000 <= ahead_max_us
+            and timestamp_us <= latest_us
             and 0 < key.end - key.start <= key_max
             and 0 < account.end - account.start <= account_max
             and 0 < event_type.end - event_type.start <= type_max
@@ -568,10 +579,11 @@ cdef inline object _counter_met(object split, PlainEvent event):
     return None if found is NULL else <object>found
 
 
-cdef inline void _set_text(tuple cell, Py_ssize_t at, PlainEvent event, Span span):
+cdef inline int _set_text(tuple cell, Py_ssize_t at, PlainEvent event, Span span) except -1:
     cdef bytes text = _slice(event.data(), span)
-    Py_INCREF(text)
+    Py_INCREF(text)  # PyTuple_SET_ITEM takes one reference over
     PyTuple_SET_ITEM(cell, at, text)
+    return 0
 
 
 cdef struct Row:
@@ -648,6 +660,7 @@ cdef bint _rate_counter(
         return False
     if not (-fits < after < fits and -fits < after_cost < fits):
         return False
+    # Their difference fits too: no cost is negative.
     after_encoded = PyBytes_FromStringAndSize(<const char*>after_out, _put_decimal(after, after_out))
     rows.append(_row(row, event, priced.constant, quantity, before_encoded, after_encoded, after_cost - cost))
     priced.memo_quantity, priced.memo_cost, priced.memo_encoded = after, after_cost, after_encoded
@@ -697,11 +710,12 @@ def rate_plain(
     cdef tuple terms, charged
     cdef object split_type = kinds[0], ruled_type = kinds[1], step_type = kinds[2]
     cdef object priced, measure, quantity
-    cdef bytes frame = None
+    cdef bytes frame = None, row_frame
     cdef Running running = None
     cdef Row row
     cdef list moved = []
     cdef bint plain
+    cdef PyObject* found
 
     row.origin, row.origin_size = PyBytes_AS_STRING(origin), PyBytes_GET_SIZE(origin)
     row.catalog_offset, row.catalog_offset_size = PyBytes_AS_STRING(catalog_offset), PyBytes_GET_SIZE(catalog_offset)
@@ -717,7 +731,11 @@ def rate_plain(
         rows_before = PyList_GET_SIZE(rows)
         if frame is None or memcmp(PyBytes_AS_STRING(event.value), PyBytes_AS_STRING(frame), FRAME_BYTES) != 0:
             frame = event.value[:FRAME_BYTES]
-            row.frame = PyBytes_AS_STRING(<object>PyDict_GetItem(frames, frame))
+            found = PyDict_GetItem(frames, frame)
+            if found is NULL:
+                return index
+            row_frame = <bytes>found
+            row.frame = PyBytes_AS_STRING(row_frame)
         row.head_size = _put_varint(event.record.offset, row.head)
         row.head_size += _put_varint(event.appended_ms, row.head + row.head_size)
         row.late = event.appended_ms * 1000 >= <int64_t>(<object>PyTuple_GET_ITEM(terms, 2))
@@ -771,17 +789,19 @@ cdef class Arrivals:
     cdef dict blocks_of
     cdef int64_t block_size, last_block
     cdef bytes last_source
+    #: Into a bytearray of ``blocks_of``, none of which ever changes its size.
     cdef char* last_bits
 
     def __init__(self, int64_t block_size):
         self.blocks_of, self.block_size, self.last_block = {}, block_size, -1
 
-    cdef void note(self, bytes source, int64_t sequence):
-        cdef int64_t block = sequence // self.block_size
+    cdef int note(self, bytes source, int64_t sequence) except -1:
+        cdef int64_t block
         cdef PyObject* found
         cdef bytearray bits
         if sequence <= 0:
-            return
+            return 0
+        block = sequence // self.block_size
         if block != self.last_block or self.last_source is None or source != self.last_source:
             name = (source, block)
             found = PyDict_GetItem(self.blocks_of, name)
@@ -793,6 +813,7 @@ cdef class Arrivals:
             self.last_block, self.last_source, self.last_bits = block, source, PyByteArray_AS_STRING(bits)
         sequence -= block * self.block_size
         self.last_bits[sequence >> 3] |= <char>(1 << (sequence & 7))
+        return 0
 
     def add(self, bytes source, int64_t sequence):
         self.note(source, sequence)
@@ -869,11 +890,16 @@ cdef class Recent:
     cdef uint8_t* used
     cdef Py_ssize_t size, slots
     cdef int bits
-    #: Secret, so that nobody can choose keys that all go to one place.
-    cdef uint64_t factor
+    #: Secret, so that nobody can choose keys that all go to one place: both halves of a key count, since the hash it
+    #: is has no secret, and keys with one half in common can be made.
+    cdef uint64_t head_factor, low_factor
 
     def __cinit__(self):
-        self.factor = int.from_bytes(os.urandom(8), "little") | 1
+        cdef bytes secret = os.urandom(16)
+        memcpy(&self.head_factor, PyBytes_AS_STRING(secret), 8)
+        memcpy(&self.low_factor, PyBytes_AS_STRING(secret) + 8, 8)
+        self.head_factor |= 1
+        self.low_factor |= 1
         self._room(10)
 
     def __dealloc__(self):
@@ -903,8 +929,8 @@ cdef class Recent:
         return 0
 
     cdef inline Py_ssize_t _find(self, uint64_t head, uint64_t low) noexcept nogil:
-        """The slot where a key stands, or would."""
-        cdef Py_ssize_t at = <Py_ssize_t>((head * self.factor) >> (64 - self.bits))
+        """The slot where a key stands, or would; ends, since half of the slots are free."""
+        cdef Py_ssize_t at = <Py_ssize_t>((head * self.head_factor + low * self.low_factor) >> (64 - self.bits))
         while self.used[at] and (self.rows_at[at].head != head or self.rows_at[at].low != low):
             at = (at + 1) & (self.slots - 1)
         return at

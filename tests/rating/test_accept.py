@@ -182,16 +182,9 @@ def test_a_parked_record_need_not_carry_its_account_as_key() -> None:
 
 def test_a_parked_event_ahead_of_its_prices_waits_for_the_workers_clock() -> None:
     """Its arrival stays early for good; the time until a price for it can no longer be published does not."""
-    early = message(usage(timestamp=NOW_US + 2 * MINUTE_US), timestamp=NOW_MS)
-    later = {
-        "partition": HOME,
-        "partitions": PARTITIONS,
-        "frames": SHAPE.frames,
-        "arrivals": new_arrivals(),
-        "own_only": True,
-    }
-    assert accept([early], now_ms=NOW_MS + 89_999, **later).refused
-    assert accept([early], now_ms=NOW_MS + 90_000, **later).events
+    early = message(usage(timestamp=NOW_US + 2 * MINUTE_US))
+    assert judged(early, own_only=True, now_ms=NOW_MS + 89_999).refused
+    assert judged(early, own_only=True, now_ms=NOW_MS + 90_000).events
 
 
 def test_an_arrival_time_no_clock_has_is_not_taken_for_now() -> None:

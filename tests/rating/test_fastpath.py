@@ -243,7 +243,8 @@ def test_an_event_kept_as_it_came_is_told_from_another() -> None:
     )
     assert event == decoded and decoded == event
     assert event != other and decoded != other
-    assert event not in ["k1", None]
+    others: list[object] = ["k1", None]
+    assert event not in others
 
 
 def test_once_its_cells_are_met_an_event_is_priced_without_the_python_way(monkeypatch: pytest.MonkeyPatch) -> None:
