@@ -90,7 +90,7 @@ def restate(
     seen = look(connection, catalog, payer, late.accounts, month, units or Units(connection, late.accounts))
     originals = originals_of(connection, payer, seen.period)
     found: list[Adjustment] = []
-    for place in sorted(seen.owed.keys() | seen.standing.keys()):
+    for place in seen.places:
         parts, pending = seen.parts(place), spent_beside(earlier, place.currency)
         for number, (part, owed, standing) in enumerate(parts, 1):
             is_first = all(one.currency != place.currency for one in found)

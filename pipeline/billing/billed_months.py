@@ -69,6 +69,14 @@ class Seen:
     containers: tuple[Container, ...]
     #: What the accounts draw from unit credits beyond what they drew before.
     units: tuple[UnitDraw, ...]
+    #: The charges that each place sells in a period to an account with a commitment, used or not: it may owe for what
+    #: it did not use.
+    sold: Mapping[tuple[AccountPeriod, Place], frozenset[str]]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where something is owed, or was billed, or a commitment may add something; in order."""
+        return sorted({*self.owed, *self.standing, *(place for _, place in self.sold)})
 
     def units_in(self, currency: str) -> tuple[UnitDraw, ...]:
         return tuple(one for one in self.units if one.currency == currency)
@@ -151,6 +159,8 @@ def look(
     period_of: dict[Key, Period] = {}
     lacking: list[tuple[str, CloseEntry]] = []
     drawn: list[UnitDraw] = []
+    sold: defaultdict[tuple[AccountPeriod, Place], set[str]] = defaultdict(set)
+    promised = promising(connection, accounts)
     ahead: list[Due] = []
     for account in accounts:
         after_us = month.period_in(catalog.accounts[account].time_zone).end_us
@@ -163,6 +173,9 @@ def look(
         for due in of_account:
             owed[_place(payer, due, entities)].append(due)
             period_of[due.key] = of.period
+        for segment in closed.segments if of.account in promised else ():
+            if (entity := entities.legal_entity(segment.contract.legal_entity)) is not None:
+                sold[of, Place(entity.id, segment.plan.currency)] |= {charge.id for charge in segment.plan.charges}
     booked = _booked(connection, stands)
     return Seen(
         period=month.period_in(catalog.accounts[payer].time_zone),
@@ -175,6 +188,7 @@ def look(
         entries=tuple(lacking),
         containers=tuple(container for one in stands.values() for container in one.containers),
         units=tuple(drawn),
+        sold={of: frozenset(charges) for of, charges in sold.items()},
     )
 
 
@@ -190,16 +204,17 @@ def committed(
 
     ``pending``: what earlier months cost differently by now and is not written yet, by account.
     """
-    promised = promising(connection, {of.account for of in seen.periods})
     found: list[Due] = []
-    for account, period in seen.periods:
+    for of in seen.periods:
+        account, period = of
+        sells = seen.sold.get((of, place))
+        if not sells:
+            continue
         owed = [
             due
             for due in seen.owed.get(place, ())
             if due.key.account == account and period.start_us <= due.key.segment_start_us < period.end_us
         ]
-        if account not in promised or not owed:
-            continue
         of_item = {item_id(due.key): due.key for due in owed}
         off: defaultdict[Key, Minor] = defaultdict(int)
         items = [item_of(due, basis.customer) for due in owed]
@@ -209,6 +224,7 @@ def committed(
         try:
             found += commitment_dues(
                 connection,
+                catalog,
                 account,
                 zone,
                 period,
@@ -216,6 +232,7 @@ def committed(
                 off,
                 legal_entity=place.legal_entity,
                 currency=place.currency,
+                sells=sells,
                 pending=(pending or {}).get(account, ()),
             )
         except ValueError as error:

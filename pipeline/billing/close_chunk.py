@@ -135,7 +135,7 @@ def preview_tasks(
     catalog = with_accounts(connection, known.prices, billed, until=known.run.catalog_seq)
     opened = read_open(connection, billed)
     held = hold(connection, catalog, accounts, known.month, lock=False)
-    money = read_money(connection, accounts, lock=False)
+    money = read_money(connection, billed, lock=False)
     return reckon_payers(connection, known, catalog, tasks, held, opened, money, now=now, actor=actor)
 
 

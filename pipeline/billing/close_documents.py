@@ -166,6 +166,7 @@ def _added(
         off[of_item[one.line or ""]] += one.amount
     adding = commitment_dues(
         setting.connection,
+        setting.catalog,
         owed.account,
         setting.catalog.accounts[owed.account].time_zone,
         period,

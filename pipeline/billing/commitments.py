@@ -6,6 +6,7 @@ each of them as far as it is known, and what it adds is billed less what was bil
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from psycopg import Connection
@@ -34,8 +35,26 @@ def check_promises(connection: "Connection[Any]", catalog: Catalog, account: str
             check_sold(commitment, currency, sold(contracts, catalog.plan))
 
 
+def commitments_until(connection: "Connection[Any]", catalog: Catalog, account: str) -> list[tuple[str, Commitment]]:
+    """An account's commitments with their currencies, none beyond the last billing period of its contracts.
+
+    No invoice follows that one: what is missing then, nobody would charge.
+    """
+    ends = [one.end_us for one in catalog.contracts.values() if one.account == account]
+    last_us = max((end for end in ends if end is not None), default=None)
+    if last_us is None or None in ends:
+        return commitments_of(connection, account)
+    over_us = max((period.end_us for period in catalog.periods_at(account, last_us - 1)), default=last_us)
+    return [
+        (currency, one if one.end_us is not None and one.end_us <= over_us else replace(one, end_us=over_us))
+        for currency, one in commitments_of(connection, account)
+        if one.start_us < over_us
+    ]
+
+
 def commitment_dues(
     connection: "Connection[Any]",
+    catalog: Catalog,
     account: str,
     time_zone: str,
     period: Period,
@@ -58,7 +77,7 @@ def commitment_dues(
     """
     found = []
     sold_here = {charge.id for due in dues if due.segment for charge in due.segment.plan.charges}.union(sells)
-    for of_currency, commitment in commitments_of(connection, account):
+    for of_currency, commitment in commitments_until(connection, catalog, account):
         begun = commitment.start_us < period.end_us
         over = commitment.end_us is not None and commitment.end_us <= period.start_us
         if of_currency != currency or not begun or over or not any(map(commitment.counts, sold_here)):

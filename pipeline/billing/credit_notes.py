@@ -40,7 +40,7 @@ from pipeline.billing.documents import (
 )
 from pipeline.billing.given_back import give_back, owners
 from pipeline.billing.issued import Issued, IssuedLine, read
-from pipeline.billing.payments import book, open_amount
+from pipeline.billing.payments import book, end_write_off, open_amount
 from pipeline.billing.reckoning import reckoned_detail
 from pipeline.core.credit_notes import credit_note, credited
 from pipeline.core.invoice import Document, Line, Totals
@@ -143,6 +143,7 @@ def credit(
             total=-reckoned.totals.credits,
             actor=actor,
             note=f"credit note {number.text}",
+            credited=_by_account(reckoned),
         )
         detail = {"number": number.text, "corrects": original.number, "reason": reason, "note": note, "to": to}
         connection.execute(_AUDIT, [actor, "document.credit", f"document:{id}", Jsonb(detail)])
@@ -252,7 +253,11 @@ def _standing(original: Issued, earlier: _Earlier, taken_back: Mapping[int, str]
         cuts = [cut for cut in cuts if cut.of.row.role == "new"]
     if not cuts:
         by = ", ".join(sorted(set(taken_back.values())))
-        why = f"of which {by} took back what was not credited: credit that one" if by else "which is credited in full"
+        why = (
+            f"of which {by} took back what was not credited: credit that one, then this one again"
+            if by
+            else "which is credited in full"
+        )
         raise NotCreditable(f"expected something left to credit, got {original.number}, {why}")
     return cuts
 
@@ -376,10 +381,13 @@ def _settle(
     actor: str,
     now: datetime,
 ) -> tuple[Minor, Minor]:
-    """Take the note off what is open on the document; return that, and what the customer had paid of the rest."""
+    """Take the note off what is open on the document, then off what was written off; return that, and what the customer
+    had paid of the rest."""
     note = read(connection, note_id)
     credited = -totals.payable
-    taken_off = max(min(credited, open_amount(connection, original)), 0)
+    left = open_amount(connection, original)
+    left += end_write_off(connection, original, credited - left, at=now, reference=number, actor=actor)
+    taken_off = max(min(credited, left), 0)
     if taken_off:
         book(connection, original, "credit_note", taken_off, at=now, reference=number, actor=actor)
         book(connection, note, "credit_note", -taken_off, at=now, reference=original.number, actor=actor)
@@ -387,6 +395,14 @@ def _settle(
     if paid and to == "balance":
         book(connection, note, "balance", -paid, at=now, reference=original.number, actor=actor)
     return taken_off, paid
+
+
+def _by_account(note: Document) -> dict[str, Minor]:
+    """What is credited of each account's lines, with tax."""
+    found: dict[str, Minor] = {}
+    for line in note.lines:
+        found[line.account] = found.get(line.account, 0) - line.total
+    return found
 
 
 _SELECT_NET_CREDITS = """

@@ -3,23 +3,37 @@
 Units (credits before pricing) stay drawn: they are on no document, and the usage that took them was used.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from psycopg import Connection
 
+from pipeline.core.credits import Reduces
 from pipeline.core.money import Minor, minor_decimal, to_minor
 
 #: Why: a credit note, or a void, gave it back, or the document's month needs less by now. Values are written into
 #: tables: never rename one.
 Kind: TypeAlias = Literal["credited", "voided", "restated"]
 
-# What each draw still holds, the last one first: what was drawn last is given back first.
+
+class _Drawn(NamedTuple):
+    """What a draw still holds."""
+
+    grant: int
+    #: Whose the grant is.
+    account: str
+    reduces: Reduces
+    invoice: int
+    line: int | None
+    amount: Minor
+
+
+# The last draw first: what was drawn last is given back first.
 _SELECT_DRAWN = """
-SELECT entry.grant_id, given.reduces, entry.invoice_id, entry.line_id, sum(entry.amount)
+SELECT entry.grant_id, given.account, given.reduces, entry.invoice_id, entry.line_id, sum(entry.amount)
 FROM billing.credit_entry AS entry JOIN billing.credit_grant AS given ON given.id = entry.grant_id
 WHERE entry.document_id = %s AND given.reduces <> 'units'
-GROUP BY entry.grant_id, given.reduces, entry.invoice_id, entry.line_id
+GROUP BY entry.grant_id, given.account, given.reduces, entry.invoice_id, entry.line_id
 HAVING sum(entry.amount) > 0 ORDER BY max(entry.id) DESC
 """
 _INSERT = """
@@ -49,40 +63,69 @@ def give_back(
     total: Minor,
     actor: str,
     note: str,
+    credited: Mapping[str, Minor] | None = None,
 ) -> Minor:
     """Give back what a document drew: of each grant of net credits so much, of total credits so much in all.
 
+    ``credited``: what of it is for lines of each account: its own total credits have that back first.
     For a transaction that holds its ``owners``' grants (``credits.lock_grants_of``). Returns what was given back, which
     is less than asked where coupons paid the total (policy after_tax) or the draws are not those of this document.
     """
-    left = dict(net)
-    rows: list[tuple[Any, ...]] = []
-    given = 0
-    for grant, reduces, invoice, line, amount in connection.execute(_SELECT_DRAWN, [document]).fetchall():
-        wanted = total if reduces == "total" else left.get(grant, 0)
-        back = min(wanted, to_minor(amount, currency))
-        if back <= 0:
-            continue
-        given += back
-        if reduces == "total":
-            total -= back
-        else:
-            left[grant] = wanted - back
-        rows.append((grant, invoice, line, document, minor_decimal(-back, currency), kind, actor, note))
+    drawn = _read(connection, document, currency)
+    back = [
+        *_of_net([one for one in drawn if one.reduces == "net"], net),
+        *_of_total([one for one in drawn if one.reduces == "total"], total, credited or {}),
+    ]
+    rows: list[tuple[Any, ...]] = [
+        (one.grant, one.invoice, one.line, document, minor_decimal(-amount, currency), kind, actor, note)
+        for one, amount in back
+        if amount
+    ]
     with connection.cursor() as cursor:
         cursor.executemany(_INSERT, rows)
-    return given
+    return sum(amount for _, amount in back)
+
+
+def _read(connection: "Connection[Any]", document: int, currency: str) -> list[_Drawn]:
+    rows = connection.execute(_SELECT_DRAWN, [document]).fetchall()
+    return [
+        _Drawn(grant, account, reduces, invoice, line, to_minor(amount, currency))
+        for grant, account, reduces, invoice, line, amount in rows
+    ]
+
+
+def _of_net(drawn: Sequence[_Drawn], wanted: Mapping[int, Minor]) -> list[tuple[_Drawn, Minor]]:
+    left = dict(wanted)
+    found = []
+    for one in drawn:
+        back = max(min(left.get(one.grant, 0), one.amount), 0)
+        left[one.grant] = left.get(one.grant, 0) - back
+        found.append((one, back))
+    return found
+
+
+def _of_total(drawn: Sequence[_Drawn], wanted: Minor, credited: Mapping[str, Minor]) -> list[tuple[_Drawn, Minor]]:
+    own, left = dict(credited), max(wanted, 0)
+    found = []
+    for one in drawn:
+        back = max(min(left, own.get(one.account, 0), one.amount), 0)
+        own[one.account] = own.get(one.account, 0) - back
+        left -= back
+        found.append(back)
+    for place, one in enumerate(drawn):
+        more = min(left, one.amount - found[place])
+        found[place] += more
+        left -= more
+    return list(zip(drawn, found, strict=True))
 
 
 def give_back_all(connection: "Connection[Any]", document: int, currency: str, *, actor: str, note: str) -> Minor:
     """Give back all that a voided document drew and that was not given back before."""
-    drawn = connection.execute(_SELECT_DRAWN, [document]).fetchall()
     net: dict[int, Minor] = {}
     total = 0
-    for grant, reduces, _, _, amount in drawn:
-        cents = to_minor(amount, currency)
-        if reduces == "total":
-            total += cents
+    for one in _read(connection, document, currency):
+        if one.reduces == "total":
+            total += one.amount
         else:
-            net[grant] = net.get(grant, 0) + cents
+            net[one.grant] = net.get(one.grant, 0) + one.amount
     return give_back(connection, document, currency, kind="voided", net=net, total=total, actor=actor, note=note)

@@ -13,8 +13,7 @@ from zoneinfo import ZoneInfo
 
 from psycopg import Connection
 
-from pipeline.billing.commitments import promising
-from pipeline.billing.credits import commitments_of
+from pipeline.billing.commitments import commitments_until, promising
 from pipeline.billing.rerate import Month
 from pipeline.core.catalog import Catalog
 from pipeline.core.commitments import last_end
@@ -97,7 +96,7 @@ def late_months(
     ``concerned`` accounts. No statement where nothing is late.
     """
     late = {(one.account, month_of(catalog, one.account, one.period_end)) for one in opened}
-    late |= _settling(connection, catalog, late)
+    late |= settling(connection, catalog, late)
     if before is not None:
         late = {one for one in late if _order(one[1]) < _order(before)}
     return as_billed(connection, catalog, members, late)
@@ -127,7 +126,7 @@ def as_billed(
     return {payer: sorted(months, key=lambda one: _order(one.month)) for payer, months in found.items()}
 
 
-def _settling(
+def settling(
     connection: "Connection[Any]", catalog: Catalog, late: Collection[tuple[str, Month]]
 ) -> set[tuple[str, Month]]:
     """Later months, at whose end a commitment is settled that what was used in these months counts toward."""
@@ -135,7 +134,7 @@ def _settling(
     found = set()
     for account, month in late:
         zone = catalog.accounts[account].time_zone if account in promised else "UTC"
-        commitments = [one for _, one in commitments_of(connection, account)] if account in promised else []
+        commitments = [one for _, one in commitments_until(connection, catalog, account)] if account in promised else []
         for period in catalog.periods_ending(account, month.period_in(zone)):
             for one in commitments:
                 end_us = period.end_us if one.end_us is None else min(period.end_us, one.end_us)

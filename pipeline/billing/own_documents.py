@@ -4,7 +4,7 @@ Each is made in one transaction, in the order of the close: hold containers by i
 book; write; settle; number last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -22,13 +22,14 @@ from pipeline.billing.composing import ToWrite, write_and_issue
 from pipeline.billing.given_back import give_back
 from pipeline.billing.invoicing_store import Invoicing, consolidating, load, mark
 from pipeline.billing.issued import Issued, read
-from pipeline.billing.late_months import as_billed, concerned, late_months, lock_open, month_of
+from pipeline.billing.late_months import as_billed, concerned, late_months, lock_open, month_of, settling
 from pipeline.billing.originals import coupons_of
 from pipeline.billing.prices import read_catalog
 from pipeline.billing.queue import Task
 from pipeline.billing.reckoning import Basis, compose, reckon
 from pipeline.billing.rerate import Month
 from pipeline.billing.statements import Difference, Key, differences, fee_due, key_of, read_booked
+from pipeline.billing.unbilled_voids import unbilled_voids
 from pipeline.billing.unit_credits import Units
 from pipeline.billing.unit_credits import book as book_units
 from pipeline.core.catalog import Catalog
@@ -115,7 +116,7 @@ def _bill(
     reckoned = reckon([], basis, currency=one.currency, settled=one.lines)
     money.take(wallet, reckoned.document)
     document = compose(reckoned, basis, kind="adjustment", payer=one.payer, period=one.period, actor=actor)
-    document = replace(document, corrects_id=one.original, reason_code="late_usage", note=note)
+    document = replace(document, corrects_id=one.original, reason_code="late_usage")
     new = ToWrite(one.payer, basis, reckoned, document, one.containers[0] if one.containers else None)
     return issue_own(connection, new, made, corrects=one.original, actor=actor, note=note, now=now)
 
@@ -167,7 +168,9 @@ def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime,
     It goes to who paid then, for the accounts that were billed with him then, whoever pays for them by now; what their
     later invoices billed meanwhile stays there. Late usage of the month that has come since is on it, too, and so are
     adjustments of earlier months that were on the voided one; of a voided adjustment there are these only. It keeps the
-    tax date. Raises NoDocument, NotReissuable, NotAdjustable, ValueError for what cannot be reckoned.
+    tax date. True-ups billed since come out anew with it where they do not fit what it bills any more.
+
+    Raises NoDocument, NotReissuable, NotAdjustable, ValueError for what cannot be reckoned.
     """
     with connection.transaction():
         voided = read(connection, id)
@@ -185,27 +188,32 @@ def reissue(connection: "Connection[Any]", id: int, *, note: str, now: datetime,
         left: list[Difference] = []
         made: dict[Key, int] = {}
         container: int | None = None
+        own: set[tuple[str, Month]] = set()
+        adjusted = _adjusted(catalog, voided)
         if voided.kind == "invoice":
             month = month_of(catalog, voided.account, to_datetime(voided.period.end_us))
             members = _billed_then(connection, catalog, voided, accounts, month)
             seen = look(connection, catalog, payer, members, month, units)
-            left = _left(connection, catalog, seen, members, place, basis)
+            left = _left(connection, catalog, seen, members, place, basis, voided)
             container = next((one.id for one in seen.containers if one.currency == place.currency), None)
             if not _owes_others(seen, place):
                 entries = seen.entries_in(place.currency)
                 made = _made(entries, book_all(connection, entries, actor=actor, note=note))
                 book_units(connection, seen.units_in(place.currency), made, actor=actor, note=note)
                 connection.execute(_CLOSE, [list(seen.open_in(place.currency, {one.id for one in opened}))])
-        late = as_billed(connection, catalog, {payer: accounts}, _adjusted(catalog, voided))
+            own = {(account, month) for account in members}
+        anew = adjusted | _trued_up_since(connection, catalog, voided, adjusted | own)
+        late = as_billed(connection, catalog, {payer: accounts}, anew)
         found: list[Adjustment] = []
         earlier: list[Adjustment] = []
         for one_month in late.get(payer, ()):
             of_month = restate(connection, catalog, one_month, opened, units, earlier=found)
             found += of_month
             earlier += _of_seller(of_month, place)
-        if voided.kind == "adjustment" and not any(one.lines for one in earlier):
+        if not left and not any(one.lines for one in earlier):
             raise NotReissuable(
-                f"expected something to bill instead of {voided.number}, got nothing: it was billed since"
+                f"expected something to bill instead of {voided.number}, got nothing: it was billed since, or is no "
+                f"longer owed (`tally invoices list --account {payer}`)"
             )
         for one in earlier:
             made |= settle_books(connection, one, actor=actor, note=note)
@@ -266,14 +274,23 @@ def _adjusted(catalog: Catalog, voided: Issued) -> set[tuple[str, Month]]:
 
 
 def _left(
-    connection: "Connection[Any]", catalog: Catalog, seen: Seen, accounts: Sequence[str], place: Place, basis: Basis
+    connection: "Connection[Any]",
+    catalog: Catalog,
+    seen: Seen,
+    accounts: Sequence[str],
+    place: Place,
+    basis: Basis,
+    voided: Issued,
 ) -> list[Difference]:
-    """What a seller has to bill of a month, with what it bills ahead.
+    """What a seller has to bill of a month, with what it bills ahead, and to take back what the voided invoice did.
 
     A fee that was not billed ahead while the invoice was void was billed with its own period, which settles it.
     """
     standing = {one.key for one in seen.standing.get(place, ())}
-    since = {one.key for one in read_booked(connection, dict.fromkeys(accounts, seen.period.end_us))} - standing
+    booked = read_booked(connection, dict.fromkeys(accounts, seen.period.start_us))
+    since = {one.key for one in booked if one.service.end_us > seen.period.end_us} - standing
+    taken_back = {line.row.adjusts_id for line in voided.lines if line.row.kind != "adjustment"}
+    again = [one for one in booked if one.document_line_id in taken_back and one.key not in standing]
     ahead = [
         due
         for account in accounts
@@ -281,8 +298,30 @@ def _left(
         if fee.segment.contract.legal_entity in ("", place.legal_entity) and fee.segment.plan.currency == place.currency
         if (due := fee_due(account, fee)).key not in since
     ]
-    owed = [*seen.owed.get(place, ()), *committed(connection, catalog, seen, place, basis), *ahead]
-    return differences(owed, seen.standing_for(place, owed))
+    adding = [
+        due
+        for due in committed(connection, catalog, seen, place, basis)
+        # What a later invoice settled of a window that goes on stays settled.
+        if seen.is_over(due) or all(one.tax_date <= basis.tax_date for one in seen.committed_before(place, [due]))
+    ]
+    owed = [*seen.owed.get(place, ()), *adding, *ahead]
+    return differences(owed, [*seen.standing_for(place, owed), *again])
+
+
+def _trued_up_since(
+    connection: "Connection[Any]", catalog: Catalog, voided: Issued, changed: Collection[tuple[str, Month]]
+) -> set[tuple[str, Month]]:
+    """The accounts' later months at whose end a commitment was settled that these months count toward.
+
+    Not those of an invoice that is itself void and to be issued anew: it settles them then.
+    """
+    later = settling(connection, catalog, changed) - set(changed)
+    if not later:
+        return later
+    last = max((month for _, month in later), key=lambda month: (month.year, month.month))
+    voids = unbilled_voids(connection, until=last, accounts=[voided.account])
+    waiting = {one.month for one in voids if one.account == voided.account}
+    return {(account, month) for account, month in later if month not in waiting}
 
 
 def _owes_others(seen: Seen, place: Place) -> bool:

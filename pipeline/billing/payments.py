@@ -69,7 +69,8 @@ def pay(
 
     What is paid beyond what is open ends a write-off, then goes into the customer's balance. The same reference on the
     same document is booked once: a repeat changes nothing and says so. Raises NoDocument, NotPayable for a void
-    document, for None where nothing is open, and for paying out more than is owed.
+    document, for None where nothing is open, for paying out more than is owed, and for a reference that another amount
+    was booked with.
     """
     with connection.transaction():
         document = _payable(connection, id)
@@ -79,7 +80,14 @@ def pay(
         if reference:
             repeated = connection.execute(_SELECT_REPEATED, [id, kind, reference]).fetchone()
             if repeated is not None:
-                return _settled(connection, document, abs(repeated[0]), repeated=True)
+                before = abs(to_minor(repeated[0], document.currency))
+                if amount is not None and (now := _minor(amount, document.currency)) != before:
+                    raise NotPayable(
+                        f"expected {_text(before, document)}, as was booked on {document.number} with reference "
+                        f"{reference!r} before, got {_text(now, document)}: take that {kind} back, or give another "
+                        "reference"
+                    )
+                return _settled(connection, document, minor_decimal(before, document.currency), repeated=True)
         if left == 0 and (amount is None or pays_out):
             raise _nothing_open(connection, document)
         wanted = abs(left) if amount is None else _minor(amount, document.currency)
@@ -88,9 +96,7 @@ def pay(
             raise NotPayable(f"expected an amount above 0{upto} on {document.number}, got {_text(wanted, document)}")
         book(connection, document, kind, -wanted if pays_out else wanted, at=at, reference=reference, actor=actor)
         beyond = 0 if pays_out else max(wanted - left, 0)
-        if recovered := min(beyond, _sum(connection, document, "write_off")):
-            book(connection, document, "write_off", -recovered, at=at, reference=reference, actor=actor)
-        to_balance = beyond - recovered
+        to_balance = beyond - end_write_off(connection, document, beyond, at=at, reference=reference, actor=actor)
         _put_into_balance(connection, document, to_balance, at=at, reference=reference, actor=actor)
         return _settled(connection, document, minor_decimal(wanted, document.currency), to_balance)
 
@@ -116,9 +122,9 @@ def take_back(
         document = _payable(connection, id)
         row = connection.execute(_SELECT_STANDING, {"document": id, "payment": payment}).fetchone()
         if row is None:
-            named = "one" if payment is None else f"{payment}"
+            got = "none" if payment is None else f"{payment}, which is none"
             raise NotPayable(
-                f"expected a payment or refund of {document.number} that stands, got {named} that does not: "
+                f"expected a payment or refund of {document.number} that stands, got {got}: "
                 f"`tally invoices show {document.number}` shows them with their ids"
             )
         booked, kind, whole, reference = row
@@ -178,6 +184,16 @@ def write_off(connection: "Connection[Any]", id: int, *, at: datetime, why: str,
             )
         book(connection, document, "write_off", left, at=at, reference=why, actor=actor)
         return _settled(connection, document, minor_decimal(left, document.currency))
+
+
+def end_write_off(
+    connection: "Connection[Any]", document: Issued, amount: Minor, *, at: datetime, reference: str, actor: str
+) -> Minor:
+    """Take a write-off back for what is settled otherwise after all, in the caller's transaction; how much it was."""
+    ended = max(min(amount, _sum(connection, document, "write_off")), 0)
+    if ended:
+        book(connection, document, "write_off", -ended, at=at, reference=reference, actor=actor)
+    return ended
 
 
 def book(

@@ -18,6 +18,7 @@ from psycopg.rows import dict_row
 
 from pipeline.billing import line_discounts, line_taxes
 from pipeline.billing.close_entries import StoredLine, line_terms
+from pipeline.billing.coupon_shares import unnamed_shares
 from pipeline.billing.lines import open_invoices
 from pipeline.billing.queue import Task
 from pipeline.billing.rated import Terms
@@ -26,6 +27,7 @@ from pipeline.core.catalog import NOTICE_S, Catalog, Segment
 from pipeline.core.cells import cell_values
 from pipeline.core.charges import Charge, Share
 from pipeline.core.credits import Grant
+from pipeline.core.discounts import LineDiscount
 from pipeline.core.fees import Fee
 from pipeline.core.invoice import Line, LineKind
 from pipeline.core.meters import Meter
@@ -542,10 +544,12 @@ def read_booked(connection: "Connection[Any]", since_us: Mapping[str, Micros]) -
     """The lines that documents billed to accounts for service after an instant, each its own, and that still stand."""
     asked = [list(since_us), [to_datetime(at_us) for at_us in since_us.values()]]
     with connection.cursor(row_factory=dict_row) as cursor:
-        return [_booked(row) for row in cursor.execute(_SELECT_BOOKED, asked)]
+        rows = cursor.execute(_SELECT_BOOKED, asked).fetchall()
+    shares = unnamed_shares(connection, [row["id"] for row in rows if "discounts" not in row["detail"]])
+    return [_booked(row, shares.get(row["id"], ())) for row in rows]
 
 
-def _booked(row: dict[str, Any]) -> Booked:
+def _booked(row: dict[str, Any], unnamed: tuple[LineDiscount, ...]) -> Booked:
     digits = minor_units(row["currency"])
     # An adjustment's own kind says nothing of what it stands in for.
     kind_was = row["detail"]["adjusts"]["kind"] if row["kind"] == "adjustment" else row["kind"]
@@ -586,7 +590,10 @@ def _booked(row: dict[str, Any]) -> Booked:
             taxes=line_taxes.from_json(row["detail"].get("taxes", ()), row["currency"]),
             charge=row["charge"],
             at_us=to_micros(row["period_end"]) - 1,
-            discounts=line_discounts.from_json(row["detail"], scaled(row["discount_amount"], digits), row["currency"]),
+            discounts=(
+                *line_discounts.from_json(row["detail"], scaled(row["discount_amount"], digits), row["currency"]),
+                *unnamed,
+            ),
             account=row["account"],
         ),
         detail=row["detail"],

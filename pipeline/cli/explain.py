@@ -380,7 +380,8 @@ def _taken_off(found: Explanation) -> Table:
         table.add_row(f"credit on {one['reduces']}", f"{one['kind']} credit {one['grant_id']}", plain(one["amount"]))
     for one in found["settlements"]:
         what = f"{one['at']:%Y-%m-%d} by {one['by']} {one['reference']}".rstrip()
-        table.add_row(one["kind"].replace("_", " "), escape(what), str(one["amount"]))
+        undone = " taken back" if one["takes_back"] is not None else ""
+        table.add_row(f"{one['kind'].replace('_', ' ')}{undone}", escape(what), str(one["amount"]))
     return table
 
 
@@ -466,7 +467,8 @@ def _prices(one: Explanation) -> str:
 
 
 def _quantity(one: Explanation) -> str:
-    return f"{plain(one['quantity'])} by meter {one['meter']} version {one['meter_version']}"
+    by = f" by meter {one['meter']} version {one['meter_version']}" if one["meter"] else ""
+    return f"{plain(one['quantity'])}{by}"
 
 
 def _parts(parts: list[Explanation], title: str, cost: Decimal) -> Table:

@@ -19,7 +19,7 @@ from rich.table import Table
 from pipeline.billing import credit_notes, voids
 from pipeline.billing.adjustments import Adjustment
 from pipeline.billing.credit_notes import Credited, Part
-from pipeline.billing.document_lists import Link, Listed, Settlement, links, listed, settlements
+from pipeline.billing.document_lists import Entry, Link, Listed, Settlement, links, listed, settlements
 from pipeline.billing.document_lists import statement as statement_of
 from pipeline.billing.issued import Stored, find, look_at
 from pipeline.billing.own_documents import Made, bill_adjustments, payer_of, preview_adjustments
@@ -53,7 +53,7 @@ Number = Annotated[str, typer.Argument(metavar="NUMBER", help="Number of an issu
 NumberOrDraft = Annotated[str, typer.Argument(metavar="NUMBER", help="Number of a document, or its id: of a draft.")]
 Entity = Annotated[str | None, typer.Option(help="Legal entity, where two gave the same number.")]
 By = Annotated[str | None, typer.Option(help="Who does it (default: the user).")]
-Why = Annotated[str, typer.Option(help="Why, in words; kept with the document and in the audit trail.")]
+Why = Annotated[str, typer.Option(help="Why, in words; printed on the document, and kept in the audit trail.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -333,7 +333,7 @@ def _credited(made: Credited) -> str:
 def void(
     number: Number,
     reason: Annotated[str, typer.Option(help=f"One of {', '.join(voids.REASONS)}.")],
-    why: Why = "",
+    why: Annotated[str, typer.Option(help="Why, in words; kept in the audit trail.")] = "",
     entity: Entity = None,
     by: By = None,
     data_dir: DataDir = None,
@@ -386,7 +386,7 @@ def _issued(made: Made) -> str:
 @invoices.command()
 def pay(
     number: Number,
-    amount: Annotated[str | None, typer.Argument(help="In whole units (default: all that is open).")] = None,
+    amount: Annotated[str | None, typer.Argument(help="Such as 120.50 (default: all that is open).")] = None,
     reference: Annotated[str, typer.Option(help="The bank's, say: the same one is booked once.")] = "",
     entity: Entity = None,
     by: By = None,
@@ -429,7 +429,7 @@ def take_back(
     with _connected(settings) as connection:
         id = find(connection, number, legal_entity=entity)
         done = take_payment_back(connection, id, payment, at=datetime.now(UTC), why=why, actor=by or settings.actor)
-    _say(done, _settled(done), as_json=as_json)
+    _say(done, _settled(done, "taken back"), as_json=as_json)
 
 
 @invoices.command(name="write-off")
@@ -452,11 +452,11 @@ def write_off(
     _say(done, lost, as_json=as_json)
 
 
-def _settled(done: Settled) -> str:
+def _settled(done: Settled, what: str = "booked") -> str:
     state = done.state.replace("_", " ")
     put = f"; {done.to_balance:,} to the balance, for the next documents" if done.to_balance > 0 else ""
     taken = f"; {-done.to_balance:,} out of the balance again" if done.to_balance < 0 else ""
-    return f"{done.booked:,} {done.currency} booked on {done.number}: {state}, {done.open:,} open{put}{taken}"
+    return f"{abs(done.booked):,} {done.currency} {what} on {done.number}: {state}, {done.open:,} open{put}{taken}"
 
 
 @invoices.command()
@@ -473,13 +473,18 @@ def statement(
         table = _table("day", "what", "number", "reference", money=("amount", "open", "to balance", "balance"))
         for one in found:
             if (one.legal_entity, one.currency) == place:
-                names = (f"{one.at:%Y-%m-%d}", one.kind.replace("_", " "), one.number or "", escape(one.reference))
+                names = (f"{one.at:%Y-%m-%d}", _entry_name(one), one.number or "", escape(one.reference))
                 amounts = (one.amount, one.open_amount, one.balance, one.balance_amount)
                 table.add_row(*names, *(f"{amount:,}" if amount else "" for amount in amounts))
         out.print(escape(f"{account} with {place[0]}, {place[1]}"), highlight=False)
         out.print(table)
     if not found:
         out.print(escape(f"no document was issued to {account}"), highlight=False)
+
+
+def _entry_name(one: Entry) -> str:
+    undone = one.amount > 0 if one.kind == "payment" else one.kind == "refund" and one.amount < 0
+    return f"{one.kind.replace('_', ' ')}{' taken back' if undone else ''}"
 
 
 # -- beside the close

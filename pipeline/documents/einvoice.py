@@ -47,8 +47,8 @@ class NotRepresentable(ValueError):
 def cii_xml(document: Document) -> bytes:
     """The e-invoice of an issued document, valid by its schema; the same bytes for the same document.
 
-    Raises NotRepresentable: no number yet, a seller without VAT number, several taxes on one line, a currency with more
-    than two decimals.
+    Raises NotRepresentable: no number yet, a seller without VAT number, no line, several taxes on one line, a currency
+    with more than two decimals.
     """
     terms = _Terms(document).data()
     made: bytes = facturx.generate_cii_xml(terms, level="en16931", check_xsd=False, check_schematron=False)
@@ -71,6 +71,8 @@ class _Terms:
             raise NotRepresentable(f"document {document.id} is a {document.state}: an invoice begins with its number")
         if not document.seller.vat_number:
             raise NotRepresentable(f"{document.number}: EN 16931 is for VAT, and its seller has no VAT number")
+        if not document.lines:
+            raise NotRepresentable(f"{document.number} has no line, EN 16931 wants one at least")
         if minor_units(document.currency) > _AMOUNT_DECIMALS:
             raise NotRepresentable(f"{document.number}: EN 16931 knows two decimals, {document.currency} has more")
         self.document = document

@@ -397,7 +397,8 @@ class _Page:
 
     def _remarks(self) -> Iterator[tuple[str, str]]:
         """Titles and texts under the totals."""
-        for key, text in (("note", self.document.note), ("terms", self.document.terms)):
+        terms = "" if self.document.is_credit else self.document.terms  # how to pay: a credit note asks for nothing
+        for key, text in (("note", self.document.note), ("terms", terms)):
             if text:
                 yield self.say(key), text
 

@@ -334,7 +334,7 @@ FRENCH = {
     "reason.not_agreed": "Non convenu",
     "vat_number": "N° TVA",
     "registration": "Registre",
-    "due_line": "à payer avant le {date}",
+    "due_line": "à payer au plus tard le {date}",
     "nothing_due": "Rien à payer",
     "amount_due": "Net à payer",
     "amount_credited": "Montant crédité",

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _CALL_TIMEOUT_S = 10.0
 #: Most records asked for at once, and how long to wait for as many: what has come by then is worked on meanwhile.
-_RESTORE_RECORDS, _RESTORE_WAIT_S = 2_000, 0.05
+_RESTORE_RECORDS, _RESTORE_WAIT_S = 64, 0.05
 #: Identities and totals applied together: they become a segment of the state without passing through its memory.
 _RESTORE_ROWS = 250_000
 #: What may wait in the client, for each of the partitions restored at a time.

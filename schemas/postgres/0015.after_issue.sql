@@ -73,7 +73,11 @@ COMMENT ON VIEW billing.coupon_use IS 'Billing periods in which an invoice that 
 CREATE OR REPLACE VIEW finance.document_checks AS
 WITH line AS (
     SELECT document_id, sum(amount) AS amount, sum(discount_amount) AS discount, sum(net_amount) AS net,
-        sum(tax_amount) AS tax, sum(total_amount) AS total, sum(net_amount + tax_amount) AS net_and_tax
+        sum(tax_amount) AS tax, sum(total_amount) AS total, sum(net_amount + tax_amount) AS net_and_tax,
+        -- Of lines that take back or restate others nobody wrote down before this migration which discounts they have.
+        sum(discount_amount) FILTER (
+            WHERE (role = 'reversal' OR kind = 'adjustment') AND NOT detail ? 'discounts'
+        ) AS unnamed
     FROM billing.document_line GROUP BY document_id
 ), tax AS (
     SELECT document_id, sum(tax_amount) AS tax FROM billing.document_tax GROUP BY document_id
@@ -128,7 +132,8 @@ WITH line AS (
     CROSS JOIN LATERAL (VALUES
         ('lines = amount of the lines', document.lines_amount, coalesce(line.amount, 0)),
         ('discounts = discounts of the lines', document.discounts_amount, coalesce(line.discount, 0)),
-        ('discounts = discounts by coupon and grant', document.discounts_amount, coalesce(discount.amount, 0)),
+        ('discounts = discounts by coupon and grant', document.discounts_amount - coalesce(line.unnamed, 0),
+            coalesce(discount.amount, 0)),
         ('net = net of the lines', document.net_amount, coalesce(line.net, 0)),
         ('tax = tax of the lines', document.tax_amount, coalesce(line.tax, 0)),
         ('tax = tax by rate', document.tax_amount, coalesce(tax.tax, 0)),

@@ -238,6 +238,20 @@ def test_a_voided_invoice_is_issued_anew_with_what_came_since(
         reissue(connection, october, note="", now=NOW, actor="ada")
 
 
+def test_what_an_adjustment_billed_since_is_not_issued_anew(
+    world: DatabaseWorld, connection: "Connection[Any]"
+) -> None:
+    """Late usage after the void: the adjustment bills the whole month, and of the invoice no line is left to bill."""
+    world.use(["2026-10-03T00:00:00Z acme/a call - n=98"], None)
+    (october,) = close(connection, world.settings, OCTOBER)
+    void(connection, october, reason="wrong_details", note="moved", actor="ada", now=NOW)
+    world.use(["2026-10-09T00:00:00Z acme/late call - n=3"], "2026-11-02T00:00:00Z")
+    (made,) = bill_adjustments(connection, payer_of(connection, "acme", NOW), now=NOW, actor="ada")
+    assert made.total == Decimal("168.24")
+    with pytest.raises(NotReissuable, match="instead of 2026-000001, got nothing: it was billed since"):
+        reissue(connection, october, note="", now=NOW, actor="ada")
+
+
 def test_a_threshold_bills_within_the_period_and_the_invoice_takes_it_back(
     world: DatabaseWorld, connection: "Connection[Any]"
 ) -> None:

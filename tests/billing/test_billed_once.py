@@ -23,6 +23,7 @@ from pipeline.billing.queue import Run
 from pipeline.billing.rerate import Month
 from pipeline.billing.reviewing import issue_reviewed, review
 from pipeline.billing.thresholds import bill_if_reached
+from pipeline.billing.unbilled_voids import unbilled_voids
 from pipeline.billing.voids import NotVoidable, void
 from pipeline.core.discounts import Coupon
 from pipeline.core.parties import CustomerCoupon
@@ -447,3 +448,45 @@ def test_a_coupon_on_two_documents_of_a_period_is_used_once(
     for month in (OCTOBER, NOVEMBER, Month(2026, 12)):
         close(connection, world.settings, month)
     assert [row[-1] for row in documents(world)] == [30, 30, 15, 15, 30, 30]
+
+
+# -- what is void
+
+
+@pytest.mark.parametrize("with_the_next_invoice", [True, False])
+def test_a_voided_adjustment_is_pointed_out(
+    world: DatabaseWorld, connection: "Connection[Any]", with_the_next_invoice: bool
+) -> None:
+    """Until it is issued anew: what it restated stands again, and bills less."""
+    acme(world, "plan: api, start: 2026-01-01")
+    world.use(["2026-10-03T00:00:00Z acme/a call - n=5"], None)
+    close(connection, world.settings, OCTOBER)
+    world.use(["2026-10-04T00:00:00Z acme/b call - n=7"], LATE)
+    if with_the_next_invoice:
+        (adjusting,) = close(connection, world.settings, NOVEMBER)
+    else:
+        adjust(connection)
+        ((adjusting,),) = query(world.settings, "SELECT max(id) FROM billing.document")
+    assert unbilled_voids(connection, until=NOVEMBER) == []
+    void(connection, adjusting, reason="wrong_details", note="", actor="ada", now=NOW)
+    assert [one.document for one in unbilled_voids(connection, until=NOVEMBER)] == [adjusting]
+    reissue(connection, adjusting, note="", now=NOW, actor="ada")
+    assert unbilled_voids(connection, until=NOVEMBER) == []
+    assert net(world, "calls") == 12
+
+
+def test_a_void_that_charges_again_what_was_taken_back_is_pointed_out(
+    world: DatabaseWorld, connection: "Connection[Any]"
+) -> None:
+    """Acme left before the month whose fee it had paid in advance; the document that gave it back is withdrawn."""
+    acme(world, "plan: ahead, start: 2026-10-01")
+    close(connection, world.settings, OCTOBER)
+    acme(world, "plan: ahead, start: 2026-10-01, end: 2026-11-01")
+    (giving_back,) = close(connection, world.settings, NOVEMBER)
+    assert net(world, "seat") == 30
+    void(connection, giving_back, reason="wrong_details", note="", actor="ada", now=NOW)
+    assert [one.document for one in unbilled_voids(connection, until=NOVEMBER)] == [giving_back]
+    assert net(world, "seat") == 60
+    reissue(connection, giving_back, note="", now=NOW, actor="ada")
+    assert unbilled_voids(connection, until=NOVEMBER) == []
+    assert net(world, "seat") == 30

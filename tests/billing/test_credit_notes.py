@@ -15,7 +15,7 @@ from pipeline.billing import credits
 from pipeline.billing.credit_notes import NotCreditable, Part, credit
 from pipeline.billing.issued import NoDocument, find, read
 from pipeline.billing.own_documents import bill_adjustments, payer_of
-from pipeline.billing.payments import NotPayable, pay
+from pipeline.billing.payments import NotPayable, pay, write_off
 from pipeline.billing.rerate import Month
 from pipeline.billing.voids import NotVoidable, void
 from pipeline.core.credits import GRANT_REASONS, Grant, GrantKind, Reduces
@@ -199,6 +199,15 @@ def test_what_was_paid_is_refunded_or_goes_to_the_balance(connection: "Connectio
     assert state(connection, rest.document) == ("unpaid", Decimal("-39.96"))
     refunded = pay(connection, rest.document, None, at=NOW, reference="bank 2", actor="ada")
     assert (refunded.booked, refunded.state) == (Decimal("39.96"), "paid")
+
+
+def test_what_was_given_up_is_not_refunded(connection: "Connection[Any]", id: int) -> None:
+    """Nobody paid it. Of the 33.30 that are credited with tax, 39.96, the 29.98 that were paid of them are refunded."""
+    pay(connection, id, Decimal("149.98"), at=NOW, reference="", actor="ada")
+    write_off(connection, id, at=NOW, why="insolvent", actor="ada")
+    note = give(connection, id, Part(1))
+    assert (note.taken_off, note.to_refund) == (Decimal("9.98"), Decimal("29.98"))
+    assert state(connection, id) == ("paid", 0)
 
 
 def test_a_void_unbills_and_keeps_number_and_rows(connection: "Connection[Any]", database: Settings) -> None:

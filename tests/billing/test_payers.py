@@ -12,6 +12,7 @@ import pytest
 from psycopg import Connection
 
 from pipeline.billing import credits
+from pipeline.billing.credit_notes import Part, credit
 from pipeline.billing.credits import lock_grants
 from pipeline.billing.own_documents import reissue
 from pipeline.billing.rerate import Month
@@ -128,3 +129,20 @@ def test_a_grant_of_before_rolls_over_whole(world: DatabaseWorld, connection: "C
         close(connection, world.settings, month)
     payable = query(world.settings, "SELECT total_amount::text, payable_amount::text FROM billing.document ORDER BY id")
     assert payable == [("6.00", "1.00"), ("8.40", "5.40")]
+
+
+def test_what_is_credited_of_a_child_is_its_own_again(world: DatabaseWorld, connection: "Connection[Any]") -> None:
+    """A parent and a child each paid for their lines; the parent's credits were drawn last."""
+    group = "accounts: [{id: group, name: Group, contracts: [{id: group-1, plan: peaks, start: 2026-01-01}]}]"
+    world.publish(group, "accounts", None)
+    world.use(["2026-10-03T00:00:00Z group/a peak - n=30"], None)
+    for account in ("group", "north"):
+        asked = credits.Asked(account, "EUR", Grant("", 100 * 10**12, to_micros(datetime(2026, 1, 1, tzinfo=UTC))))
+        request = credits.request_grant(connection, asked, reason="purchase", note="", actor="ada")
+        credits.decide(connection, request, "approved", actor="bob")
+    (october,) = close(connection, world.settings, OCTOBER)
+    settled = "SELECT account, settled FROM finance.credits ORDER BY account"
+    assert query(world.settings, settled) == [("group", 36), ("north", 6)]
+    ((position,),) = query(world.settings, "SELECT position FROM billing.document_line WHERE account = 'north'")
+    credit(connection, october, [Part(position)], reason="goodwill", note="", to="refund", actor="ada", now=NOW)
+    assert query(world.settings, settled) == [("group", 36), ("north", 0)]

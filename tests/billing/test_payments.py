@@ -81,7 +81,10 @@ def test_what_is_paid_too_much_pays_for_the_next_document(
     pay(connection, id, Decimal("159.96"), at=NOW, reference="bank 1", actor="ada")
     twice = pay(connection, id, Decimal("160.00"), at=NOW, reference="bank 2", actor="ada")
     assert (twice.booked, twice.open, twice.state, twice.to_balance) == (160, 0, "paid", 160)
-    assert pay(connection, id, Decimal("160.00"), at=NOW, reference="bank 2", actor="ada").repeated
+    for amount in (Decimal("160.00"), None):
+        assert pay(connection, id, amount, at=NOW, reference="bank 2", actor="ada").repeated
+    with pytest.raises(NotPayable, match=r"expected 160\.00 EUR, as was booked .* 'bank 2' before, got 16\.00 EUR"):
+        pay(connection, id, Decimal("16.00"), at=NOW, reference="bank 2", actor="ada")
     assert balance(connection) == [("overpayment", 160, "bank 2")]
     (november,) = close(connection, database, Month(2026, 11))
     assert state(connection, november) == ("paid", 0)
@@ -114,7 +117,7 @@ def test_a_payment_is_taken_back(connection: "Connection[Any]", id: int) -> None
         ("overpayment", Decimal("40.04"), "bank 2"),
         ("overpayment", Decimal("-40.04"), "bank 1"),
     ]
-    with pytest.raises(NotPayable, match=f"expected a payment or refund of 2026-000001 that stands, got {first} that"):
+    with pytest.raises(NotPayable, match=f"expected a payment or refund of 2026-000001 that stands, got {first}, "):
         take_back(connection, id, first, at=NOW, why="", actor="ada")
     assert not pay(connection, id, Decimal("59.96"), at=NOW, reference="bank 1", actor="ada").repeated
     note = credit(connection, id, None, reason="billing_error", note="", to="refund", actor="ada", now=NOW)
@@ -124,4 +127,6 @@ def test_a_payment_is_taken_back(connection: "Connection[Any]", id: int) -> None
     for _ in range(2):
         take_back(connection, id, None, at=NOW, why="bounced", actor="ada")
     assert state(connection, id) == ("unpaid", Decimal("159.96"))
+    with pytest.raises(NotPayable, match="that stands, got none: `tally invoices show"):
+        take_back(connection, id, None, at=NOW, why="bounced", actor="ada")
     void(connection, id, reason="duplicate", note="", actor="ada", now=NOW)

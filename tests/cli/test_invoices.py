@@ -165,8 +165,9 @@ def test_what_is_settled_says_so(world: DatabaseWorld) -> None:
     assert rows[0] == ["with", "ours,", "EUR"]
     assert ["overpayment", "2026-000001", "bank", "2", "4.00", "4.00"] in rows
     back = tally("invoices", "take-back", "2026-000001", "--why", "bounced").stdout
-    assert back == "-60.00 EUR booked on 2026-000001: partly paid, 56.00 open; 4.00 out of the balance again\n"
+    assert back == "60.00 EUR taken back on 2026-000001: partly paid, 56.00 open; 4.00 out of the balance again\n"
     assert "takes back" in tally("invoices", "show", "2026-000001").stdout
+    assert "payment taken back 2026-000001" in " ".join(tally("invoices", "statement", "acme").stdout.split())
 
 
 def test_a_fee_in_advance_is_explained_without_usage(world: DatabaseWorld) -> None:

@@ -171,6 +171,7 @@ def two_taxes() -> Document:
     ("of", "why"),
     [
         (samples.yen, "is a draft: an invoice begins with its number"),
+        (lambda: replace(samples.domestic(), lines=()), "2026-000017 has no line"),
         (two_taxes, "2026-000017: line 1 has 2 taxes, EN 16931 knows one"),
         (lambda: replace(samples.domestic(), currency="KWD"), "knows two decimals, KWD has more"),
         (lambda: replace(samples.domestic(), seller=replace(samples.SELLER, vat_number="")), "no VAT number"),

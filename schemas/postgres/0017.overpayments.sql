@@ -51,7 +51,8 @@ FROM (
     SELECT document.legal_entity, document.account, document.currency, settlement.at, settlement.kind, document.id,
         document.number, -settlement.amount, 0, settlement.reference, settlement.by, 2, settlement.id
     FROM billing.settlement JOIN billing.document ON document.id = settlement.document_id
-    WHERE document.state = 'issued'
+    -- What a credit note settles it takes from its own side: together nothing, beside the credit note's own line.
+    WHERE document.state = 'issued' AND settlement.kind <> 'credit_note'
     UNION ALL
     SELECT entry.legal_entity, entry.account, entry.currency,
         CASE WHEN entry.kind IN ('carried', 'applied') THEN coalesce(document.issued_at, entry.at) ELSE entry.at END,
