@@ -592,13 +592,19 @@ def _leftovers(children: list[tuple[int, float]], pgdata: Path) -> list[int]:
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
 
 
+def _shared_buffers() -> str:
+    """An eighth of the memory, from 512 MB to 4 GB."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{min(max(memory // 8, 512 << 20), 4 << 30) >> 20}MB"
+
+
 _POSTGRES_SETTINGS = {
     "timezone": "UTC",
     "log_timezone": "UTC",
     "max_connections": "100",
-    # Rows arrive in the order of their identities' hashes, all over the month's unique index: after a checkpoint each
-    # of its pages goes to the log whole, once: checkpoints are therefore rare.
-    "shared_buffers": "512MB",
+    # Rows arrive in the order of their identities' hashes, all over the month's unique index. It should fit into memory
+    # (60 bytes a row), and after a checkpoint each of its pages goes to the log whole, once: checkpoints are rare.
+    "shared_buffers": _shared_buffers(),
     "max_wal_size": "8GB",
     "checkpoint_timeout": "30min",
 }
