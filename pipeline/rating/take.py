@@ -33,8 +33,8 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 _CALL_TIMEOUT_S = 10.0
-#: Most records asked for at once, of up to 512 KiB each, and how long to wait for as many: what has come by then is worked
-#: on meanwhile. With 2,000 a worker that restored 50M keys took 1.1 GB for a moment, now 0.4.
+#: Most records asked for at once, of up to 512 KiB each, and how long to wait for as many: what has come by then is
+#: worked on meanwhile. With 2,000 a worker that restored 50M keys took 1.1 GB for a moment, now 0.4.
 _RESTORE_RECORDS, _RESTORE_WAIT_S = 64, 0.05
 #: Identities and totals applied together: they become a segment of the state without passing through its memory.
 _RESTORE_ROWS = 250_000
