@@ -24,9 +24,9 @@ from tests.bench.figures import RUNS, Figure, median
 from tests.bench.raters import rated
 
 EVENTS = 200_000
-#: Into the month, of which PostgreSQL logs each page whole the first time it is touched after a checkpoint. With fewer
-#: rows than its index has pages that is all that is measured; a checkpoint comes every 30 minutes.
-MONTH_ROWS, MONTH_EVENTS = 20_000_000, 1_000_000
+#: Into the month. PostgreSQL logs each page whole the first time it is touched after a checkpoint, every 30 minutes; a
+#: sink is past that within a minute. So the first run does not count.
+MONTH_ROWS, MONTH_EVENTS = 20_000_000, 600_000
 #: Connections that fill the month side by side.
 _FILLERS = 2
 #: A run that takes longer than this has failed. Seconds.
@@ -65,12 +65,13 @@ def sink_20m(settings: Settings) -> Iterator[Figure]:
     with own_database(settings, "bench_20m") as own, world.deployment(own, "sink20m") as here:
         _fill(here.dsn, beginning, MONTH_ROWS)
         with connect(here.dsn, application="bench", autocommit=True, role=None) as connection:
-            for run in range(RUNS):
+            connection.execute("CHECKPOINT")  # of what filling it left, not of what sinks do
+            for run in range(1 + RUNS):
                 times_us = int(first.timestamp() * 1e6), int(last.timestamp() * 1e6)
                 world.send(here, Topics(here.topic_prefix).events, world.events(MONTH_EVENTS, run, times_us))
                 rated(here, MONTH_EVENTS, since=run * MONTH_EVENTS)
                 speeds.append(sunk(here, connection))
-    yield from _figures("sink_20m", speeds, f" into a month of {MONTH_ROWS / 1e6:.0f}M rows")
+    yield from _figures("sink_20m", speeds[1:], f" into a month of {MONTH_ROWS / 1e6:.0f}M rows")
 
 
 def forget(connection: "Connection[Any]") -> None:
