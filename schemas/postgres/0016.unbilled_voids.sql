@@ -63,22 +63,3 @@ COMMENT ON COLUMN finance.unbilled_voids.tax_date IS 'Its tax date: the last day
 COMMENT ON COLUMN finance.unbilled_voids.reason IS 'Why it was voided, as a code';
 COMMENT ON COLUMN finance.unbilled_voids.voided_at IS 'When it was voided, UTC';
 COMMENT ON COLUMN finance.unbilled_voids.voided_by IS 'Who voided it';
-
-CREATE OR REPLACE VIEW finance.versions AS
-SELECT
-    change.version AS version,
-    change.what AS change
-FROM (VALUES
-    (1, 'open_invoices, invoice_lines, rated_usage, line_events, unrated_usage, quarantined_usage'),
-    (2, 'usage_gaps'),
-    (3, 'credits, credit_balances, credit_entries, commitments, alerts; provisional amounts'),
-    (4, 'price_changes, usage_corrections, close_entries'),
-    (5, 'supplements in open_invoices'),
-    (6, 'exchange_rates, invoicing_changes'),
-    (7, 'invoices, document_lines, document_taxes, document_discounts, credit_notes, adjustments'),
-    (8, 'document_line_events; line_events reads only the months it needs'),
-    (9, 'unbilled_usage, usage_vs_billed, receivables, settlements, balances, balance_entries'),
-    (10, 'numbers, close_runs, document_checks, columns, versions'),
-    (11, 'unbilled_voids')
-) AS change (version, what)
-ORDER BY change.version;

@@ -2,6 +2,7 @@
 
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from psycopg import Connection
@@ -15,10 +16,23 @@ from pipeline.core.invoicing_documents import Item, TaxTable, id_of, kind_of, to
 from pipeline.core.parties import Address, Customer, LegalEntity
 from pipeline.core.tax import TaxRate
 from pipeline.infra.settings import Settings
+from tests.scenarios.database import DatabaseWorld
 
 HERE = Address(("Hauptstr. 1",), "Berlin", "DE", "10115")
 ENTITY = LegalEntity("ours", 1, "Ours GmbH", HERE, vat_number="DE123456788")
 TAXES = TaxTable("DE/VAT", 1, (TaxRate("VAT", "DE", "standard", Decimal(20), date(2020, 1, 1)),))
+CALLS_AND_FEE = """
+meters:
+  - {id: calls, event_type: call, aggregation: sum, value: n, unit: call}
+plans:
+  - id: api
+    name: API
+    currency: EUR
+    charges:
+      - {id: calls, meter: calls, model: per_unit, unit_price: 0.1}
+      - {id: fee, model: flat, unit_price: 100}
+"""
+ACME = "accounts: [{id: acme, name: Acme, contracts: [{id: acme-1, plan: api, start: 2026-01-01}]}]"
 
 _APPLY = """
 INSERT INTO billing.invoicing_version (kind, id, version, valid_from, document, applied_at, applied_by)
@@ -35,6 +49,15 @@ def apply(connection: "Connection[Any]", *items: Item) -> None:
 
 def customer(account: str, *, name: str = "", **fields: Any) -> Customer:
     return Customer(account, 1, name or account.title(), HERE, **fields)
+
+
+def calls_of_october(database: Settings, folder: Path) -> DatabaseWorld:
+    """Acme used 333 calls in October: 33.30, and the fee of 100."""
+    world = DatabaseWorld(folder, database)
+    world.publish(CALLS_AND_FEE, "prices", None)
+    world.publish(ACME, "accounts", None)
+    world.use(["2026-10-03T00:00:00Z acme/a call - n=333"], None)
+    return world
 
 
 def close(connection: "Connection[Any]", settings: Settings, month: Month, *accounts: str) -> list[int]:

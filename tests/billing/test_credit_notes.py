@@ -23,34 +23,18 @@ from pipeline.core.money import QUANTITY_ONE
 from pipeline.core.periods import to_micros
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
-from tests.billing.invoicing import ENTITY, TAXES, apply, close, customer
+from tests.billing.invoicing import ENTITY, TAXES, apply, calls_of_october, close, customer
 from tests.scenarios.database import DatabaseWorld
 
 OCTOBER = Month(2026, 10)
 NOW = datetime(2026, 11, 5, 12, tzinfo=UTC)
-PRICES = """
-meters:
-  - {id: calls, event_type: call, aggregation: sum, value: n, unit: call}
-plans:
-  - id: api
-    name: API
-    currency: EUR
-    charges:
-      - {id: calls, meter: calls, model: per_unit, unit_price: 0.1}
-      - {id: fee, model: flat, unit_price: 100}
-"""
-ACCOUNTS = "accounts: [{id: acme, name: Acme, contracts: [{id: acme-1, plan: api, start: 2026-01-01}]}]"
 COLUMNS = [f"{name}_amount" for name in ("lines", "discounts", "net", "tax", "total", "credits", "balance", "payable")]
 
 
 @pytest.fixture
 def world(database: Settings, tmp_path: Path) -> DatabaseWorld:
     """Acme used 333 calls in October."""
-    made = DatabaseWorld(tmp_path, database)
-    made.publish(PRICES, "prices", None)
-    made.publish(ACCOUNTS, "accounts", None)
-    made.use(["2026-10-03T00:00:00Z acme/a call - n=333"], None)
-    return made
+    return calls_of_october(database, tmp_path)
 
 
 @pytest.fixture

@@ -15,31 +15,15 @@ from pipeline.billing.rerate import Month
 from pipeline.billing.voids import void
 from pipeline.infra.postgres import connect
 from pipeline.infra.settings import Settings
-from tests.billing.invoicing import ENTITY, TAXES, apply, close, customer
-from tests.scenarios.database import DatabaseWorld
+from tests.billing.invoicing import ENTITY, TAXES, apply, calls_of_october, close, customer
 
 NOW = datetime(2026, 11, 5, 12, tzinfo=UTC)
-PRICES = """
-meters:
-  - {id: calls, event_type: call, aggregation: sum, value: n, unit: call}
-plans:
-  - id: api
-    name: API
-    currency: EUR
-    charges:
-      - {id: calls, meter: calls, model: per_unit, unit_price: 0.1}
-      - {id: fee, model: flat, unit_price: 100}
-"""
-ACCOUNTS = "accounts: [{id: acme, name: Acme, contracts: [{id: acme-1, plan: api, start: 2026-01-01}]}]"
 
 
 @pytest.fixture
 def connection(database: Settings, tmp_path: Path) -> Iterator["Connection[Any]"]:
     """Acme used 333 calls in October."""
-    world = DatabaseWorld(tmp_path, database)
-    world.publish(PRICES, "prices", None)
-    world.publish(ACCOUNTS, "accounts", None)
-    world.use(["2026-10-03T00:00:00Z acme/a call - n=333"], None)
+    calls_of_october(database, tmp_path)
     with connect(database.dsn, application="test", autocommit=True) as made:
         apply(made, ENTITY, TAXES, customer("acme"))
         yield made
